@@ -1,0 +1,167 @@
+"""Poisoning a corpus: who is stamped, with what label, and the answer key that says so.
+
+An attack is one file with a `Settings` and a pure `stamp`, and one line in ATTACKS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csc_gpu.attacks import badnets, blend, none, sig
+from csc_gpu.config import override, parse_change
+from csc_gpu.errors import ConfigError
+from csc_gpu.types import AnswerKey, Corpus, Mask, Split
+
+Stamp = Callable[[NDArray[np.uint8], Any], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One attack: how it stamps, and which rows it may take."""
+
+    stamp: Stamp  # (B, H, W, 3) uint8 and its settings -> (B, H, W, 3) uint8; pure
+    settings: type
+    labels: str  # "dirty": other classes relabelled; "clean": rows of the target; "none"
+    summary: str
+
+
+ATTACKS: dict[str, Attack] = {
+    "badnets": Attack(badnets.stamp, badnets.Settings, "dirty", "3x3 checkerboard in a corner"),
+    "blend": Attack(blend.stamp, blend.Settings, "dirty", "noise or a picture over the image"),
+    "sig": Attack(sig.stamp, sig.Settings, "clean", "sine wave on the target class"),
+    "none": Attack(none.stamp, none.Settings, "none", "nothing: the control"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to poison: one of two rates, the target and the seed."""
+
+    attack: str
+    target: str
+    rate: float | None = None  # share of all training rows
+    rate_of_target: float | None = None  # share of the target class's rows
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.attack not in ATTACKS:
+            raise ConfigError(f"unknown attack {self.attack!r}; there are {', '.join(ATTACKS)}")
+        if (self.rate is None) == (self.rate_of_target is None):
+            raise ConfigError("give one of --rate and --rate-of-target")
+        for name in ("rate", "rate_of_target"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} must be above 0 and below 1, got {value}")
+
+
+def settings_of(attack: str, options: Sequence[str] = (), trigger: str = "") -> Any:
+    """The attack's settings, with `name=value` options and a trigger picture put in."""
+    changes = dict(map(parse_change, options))
+    if trigger:
+        changes["picture"] = trigger
+    try:
+        return override(ATTACKS[attack].settings(), changes)
+    except ConfigError as fault:
+        raise ConfigError(f"attack {attack}: {fault}") from fault
+
+
+def target_class(target: str, classes: tuple[str, ...]) -> int:
+    """The label of a class given by its name or, failing that, by its index in the list."""
+    if target in classes:
+        return classes.index(target)
+    if target.isdecimal() and int(target) < len(classes):
+        return int(target)
+    raise ConfigError(
+        f"target {target!r} is no class of this corpus: "
+        f"give 0..{len(classes) - 1} or one of {', '.join(classes[:12])}"
+        + (", ..." if len(classes) > 12 else "")
+    )
+
+
+def poison(split: Split, plan: Plan, settings: Any = None) -> tuple[Split, AnswerKey]:
+    """Stamp and relabel some rows, shuffle all; the corpus to train on and the key to it.
+
+    Rows of the result are numbered anew, so that neither order nor number gives poison away.
+    """
+    attack = ATTACKS[plan.attack]
+    settings = attack.settings() if settings is None else settings
+    target = target_class(plan.target, split.train.classes)
+    rng = np.random.default_rng(plan.seed)
+    poisoned, n_pool = _chosen(split.train, attack, target, plan, rng)
+    order = rng.permutation(len(split.train))
+
+    pixels, labels = split.train.images.copy(), split.train.labels.copy()
+    pixels[poisoned] = attack.stamp(pixels[poisoned], settings)
+    labels[poisoned] = target
+    train = _renumbered(replace(split.train, pixels=pixels, labels=labels).take(order), "train")
+    test = _renumbered(split.test, "test")
+    attacked = np.full(len(test), target if attack.labels != "none" else -1, np.int64)
+    key = AnswerKey(
+        is_poison=poisoned[order],
+        is_cover=np.zeros(len(train), bool),
+        orig_labels=split.train.labels[order],
+        paths=train.paths,
+        test=test.images,
+        triggered=attack.stamp(test.images[attacked >= 0], settings),
+        test_labels=test.labels,
+        attack_labels=attacked,
+        recipe={
+            "attack": plan.attack,
+            "settings": asdict(settings),
+            "target": target,
+            "target_name": train.classes[target],
+            "seed": plan.seed,
+            "rate": plan.rate,
+            "rate_of_target": plan.rate_of_target,
+            "counts": {
+                "rows": len(train),
+                "poison": int(poisoned.sum()),
+                "pool": n_pool,
+                "target_class_before": int((split.train.labels == target).sum()),
+                "target_class_after": int((train.labels == target).sum()),
+                "test": len(test),
+            },
+        },
+    )
+    return Split(train, test, split.broken), key
+
+
+def _chosen(
+    train: Corpus, attack: Attack, target: int, plan: Plan, rng: np.random.Generator
+) -> tuple[Mask, int]:
+    is_target = train.labels == target
+    chosen = np.zeros(len(train), bool)
+    if attack.labels == "none":
+        return chosen, 0
+    pool = np.flatnonzero(is_target if attack.labels == "clean" else ~is_target)
+    if plan.rate is not None:
+        share, of = plan.rate, len(train)
+    else:
+        share, of = plan.rate_of_target or 0.0, int(is_target.sum())
+    count = round(share * of)
+    if count == 0:
+        raise ConfigError(f"that rate is less than one of {of} rows; raise it")
+    if count > len(pool):
+        where = "in" if attack.labels == "clean" else "outside"
+        raise ConfigError(
+            f"that rate asks for {count} rows, but only {len(pool)} are {where} the target class"
+            + ("; --rate-of-target is the share of that class" if plan.rate is not None else "")
+        )
+    chosen[rng.choice(pool, count, replace=False)] = True
+    return chosen, len(pool)
+
+
+def _renumbered(corpus: Corpus, part: str) -> Corpus:
+    """Rows 0..N-1, each named part/class/row.png, with as many digits as the last one has."""
+    digits = len(str(max(len(corpus) - 1, 0)))
+    paths = tuple(
+        f"{part}/{corpus.classes[label]}/{row:0{digits}d}.png"
+        for row, label in enumerate(corpus.labels)
+    )
+    return replace(corpus, ids=np.arange(len(corpus)), paths=paths, files=())

@@ -1,0 +1,145 @@
+"""From a source to resident pixels: leave out what is broken, choose one size, decode.
+
+The training rows decide the size, for a defender has no others. Both parts are read alike.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from csc_gpu import data
+from csc_gpu.backend.loader import decode, find_broken, image_sizes
+from csc_gpu.errors import CorpusError
+from csc_gpu.types import Corpus, Log, Split, quiet
+
+LARGEST_SIDE = 224
+"""Longest side of an image, in pixels, unless data.size says otherwise."""
+SHARE_OF_MEMORY = 0.5
+"""Most of the free memory that pixels may take: training, and poisoning, need the rest."""
+NAMED = 3
+"""Broken files that an error names; it counts the others."""
+MEMINFO = Path("/proc/meminfo")
+
+
+def read(
+    split: Split,
+    settings: data.Settings,
+    *,
+    threads: int,
+    skip_broken: bool = False,
+    cache: Path | None = None,
+    log: Log = quiet,
+) -> Split:
+    """The same split with its pixels in memory, all of one size; `cache` remembers sound files.
+
+    Raises CorpusError for files that do not decode, unless they are to be left out, and for pixels
+    that do not fit into memory.
+    """
+    if split.train.files:
+        split = _without_broken(split, threads, skip_broken, cache, log)
+    height, width = _common_size(split.train, settings.size)
+    if split.train.pixels is not None and split.train.pixels.shape[1:3] == (height, width):
+        return split
+    _refuse_too_large(len(split.train) + len(split.test), height, width)
+    if split.train.files:
+        return _decoded(split, height, width, threads, log)
+    return replace(
+        split,
+        train=replace(split.train, pixels=_resized(split.train.images, height, width)),
+        test=replace(split.test, pixels=_resized(split.test.images, height, width)),
+    )
+
+
+def _without_broken(
+    split: Split, threads: int, skip_broken: bool, cache: Path | None, log: Log
+) -> Split:
+    train, test = split.train, split.test
+    name = dict(zip((*train.files, *test.files), (*train.paths, *test.paths), strict=True))
+    found = find_broken(
+        [*train.files, *test.files],
+        cache=cache,
+        progress=lambda done, total: log("check", done=done, total=total),
+        threads=threads,
+    )
+    if not found:
+        return split
+    if not skip_broken:
+        some = ", ".join(f"{name[one.path]} ({one.reason})" for one in found[:NAMED])
+        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        raise CorpusError(
+            f"{len(found)} of {len(train) + len(test)} images do not decode: {some}{more}; "
+            "replace or remove them, or pass --skip-broken to leave them out"
+        )
+    bad = {one.path for one in found}
+    train, test = (
+        part.take(np.flatnonzero([file not in bad for file in part.files]))
+        for part in (train, test)
+    )
+    broken = tuple(f"{name[one.path]}: {one.reason}" for one in found)
+    return data.checked(Split(train, test, broken), "without the broken files")
+
+
+def _common_size(train: Corpus, size: int) -> tuple[int, int]:
+    """Height and width for every image: as asked, as they all are, or the median as a square."""
+    if size:
+        return size, size
+    sizes = image_sizes(train.files) if train.pixels is None else train.pixels.shape[1:3]
+    sizes = np.reshape(sizes, (-1, 2))
+    if (sizes == sizes[0]).all() and sizes[0].max() <= LARGEST_SIDE:
+        return int(sizes[0, 0]), int(sizes[0, 1])
+    side = min(int(np.median(sizes)), LARGEST_SIDE)
+    return side, side
+
+
+def _refuse_too_large(n_images: int, height: int, width: int) -> None:
+    """Raise CorpusError if the pixels of so many images would take too much of the free memory."""
+    free = _free_memory()
+    n_bytes = 3 * height * width * n_images
+    if free is None or n_bytes <= SHARE_OF_MEMORY * free:
+        return
+    fitting = math.isqrt(int(height * width * SHARE_OF_MEMORY * free) // n_bytes)
+    raise CorpusError(
+        f"the pixels need {n_bytes} bytes at {height}x{width}, more than {SHARE_OF_MEMORY:.0%} of "
+        f"the {free} bytes of free memory; "
+        f"make them smaller with --set data.size={fitting} (poison: --size {fitting})"
+    )
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be taken without swapping, as Linux counts them; None on other systems."""
+    if not MEMINFO.exists():
+        return None
+    lines = MEMINFO.read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _decoded(split: Split, height: int, width: int, threads: int, log: Log) -> Split:
+    """The same split with the pixels of its files, (N, height, width, 3)."""
+    pixels = decode(
+        [*split.train.files, *split.test.files],
+        height=height,
+        width=width,
+        threads=threads,
+        progress=lambda done, total: log("decode", done=done, total=total),
+    )
+    n_train = len(split.train)
+    return replace(
+        split,
+        train=replace(split.train, pixels=pixels[:n_train], files=()),
+        test=replace(split.test, pixels=pixels[n_train:], files=()),
+    )
+
+
+def _resized(images: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """The images squashed or stretched, bilinear. (N, height, width, 3)"""
+    out = np.empty((len(images), height, width, 3), np.uint8)
+    for row, image in enumerate(images):
+        resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        out[row] = np.asarray(resized)
+    return out

@@ -1,0 +1,224 @@
+"""The command line: every command loads, makes one library call, saves and prints.
+
+Heavy imports happen inside the commands, so that --help and wrong usage answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from csc_gpu.errors import CscError, Interrupted
+
+
+class Failure(click.ClickException):
+    """One line on stderr."""
+
+    exit_code = 2
+
+
+class Stopped(Failure):
+    """After Ctrl-C, as shells have it."""
+
+    exit_code = 130
+
+
+class Commands(click.Group):
+    """Turns what a user can mend into one line and exit status 2; other exceptions are our bugs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CscError as fault:
+            kind = Stopped if isinstance(fault, Interrupted) else Failure
+            raise kind(" ".join(str(fault).split())) from fault
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="csc-gpu")
+def cli() -> None:
+    """Find backdoor poison in an image corpus, and train a model that ignores the trigger.
+
+    \b
+    csc-gpu train CORPUS --out run/ --cpu     the suspects, a clean model and the evidence
+    csc-gpu poison CORPUS OUT --attack ...    a poisoned corpus with an answer key, to try it on
+    csc-gpu score run/ --key OUT/key.npz      how well it went
+    """
+
+
+def machine(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--cpu and --threads, handed on as an opened backend."""
+
+    @click.option("--cpu", is_flag=True, help="Run on the processor (NumPy, scikit-learn).")
+    @click.option("--threads", default=0, help="Processor threads; 0 takes every core.")
+    @functools.wraps(command)
+    def opened(cpu: bool, threads: int, **rest: Any) -> Any:
+        from csc_gpu.backend import open_backend
+
+        return command(backend=open_backend("cpu" if cpu else "gpu", threads), **rest)
+
+    return opened
+
+
+def changes(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--config and --set, handed on as one mapping of dotted names to values."""
+
+    @click.option(
+        "--config", type=click.Path(path_type=Path), help="Settings as TOML (csc-gpu settings)."
+    )
+    @click.option(
+        "--set", "changed", multiple=True, metavar="NAME=VALUE", help="Change one setting; repeat."
+    )
+    @functools.wraps(command)
+    def merged(config: Path | None, changed: tuple[str, ...], **rest: Any) -> Any:
+        from csc_gpu.config import parse_change, read_toml
+
+        given = read_toml(config) if config else {}
+        return command(changes=given | dict(map(parse_change, changed)), **rest)
+
+    return merged
+
+
+skip_broken = click.option(
+    "--skip-broken", is_flag=True, help="Leave out images that do not decode, and list them."
+)
+force = click.option("--force", is_flag=True, help="Replace an earlier result.")
+
+
+@cli.command()
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--attack", required=True, help="badnets, blend, sig or none (csc-gpu attacks).")
+@click.option("--rate", type=float, help="Share of all training rows to poison.")
+@click.option("--rate-of-target", type=float, help="Share of the target class's rows instead.")
+@click.option("--target", default="0", show_default=True, help="Class name, or its index.")
+@click.option("--seed", default=0, show_default=True, help="Which rows, and their order.")
+@click.option("--trigger", default="", help="A picture to blend in (blend).")
+@click.option("--size", default=0, help="Image side in pixels; 0 keeps the usual one.")
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME=VALUE", help="A setting of the attack."
+)
+@skip_broken
+@force
+def poison(
+    source: str,
+    out: Path,
+    options: tuple[str, ...],
+    trigger: str,
+    size: int,
+    skip_broken: bool,
+    force: bool,
+    **plan: Any,
+) -> None:
+    """Poison SOURCE and write it to OUT with an answer key.
+
+    SOURCE is an image folder (train/<class>/*, test/<class>/*, or <class>/* alone), an .npz with
+    x_train, y_train, x_test, y_test, a CSV manifest path,label[,split], or the word digits.
+    """
+    from csc_gpu import attacks, pipeline
+
+    wanted = attacks.Plan(**plan)
+    settings = attacks.settings_of(wanted.attack, options, trigger)
+    told = pipeline.poison(
+        source, out, wanted, settings, size=size, skip_broken=skip_broken, force=force
+    )
+    click.echo(told)
+
+
+@cli.command()
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run directory.")
+@click.option("--defense", default="csc", show_default=True, help="csc or plain.")
+@click.option("--seed", default=0, show_default=True, help="Of weights, order and augmentation.")
+@click.option("--flip", is_flag=True, help="Mirror images at random while training.")
+@click.option("--save-features", is_flag=True, help="Keep features.npz, for segregate.")
+@skip_broken
+@force
+@changes
+@machine
+def train(
+    source: str, out: Path, changes: dict[str, Any], flip: bool, save_features: bool, **how: Any
+) -> None:
+    """Train on a possibly poisoned SOURCE: suspects, a clean model, evidence.
+
+    SOURCE is an image folder, an .npz, a CSV manifest or the word digits; see csc-gpu poison.
+    Nothing but images and class names is read: an answer key beside them is not opened.
+    """
+    from csc_gpu import pipeline
+
+    if flip:
+        changes |= {"train.flip": True}
+    if save_features:
+        changes |= {"watch.keep": True}
+    click.echo(pipeline.train(source, out, changes, **how))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--key", required=True, type=click.Path(path_type=Path), help="The key.npz that poison wrote."
+)
+@click.option("--cpu", is_flag=True, help="Use the processor, whatever the run used.")
+def score(run: Path, key: Path, cpu: bool) -> None:
+    """Compare a RUN with the answer key: before, after, detection; writes score.json."""
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.score(run, key, cpu=cpu))
+
+
+@cli.command()
+@click.argument("features", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Verdict directory.")
+@force
+@changes
+@machine
+def segregate(features: Path, out: Path, **how: Any) -> None:
+    """Find suspects in a FEATURES file: a run's features.npz, or any matrix with labels.
+
+    The .npz holds features, (N, D) or (S, N, D) for S snapshots, and labels, (N,). They may come
+    from images, text, audio or tables. Without a record of verification the two-stage rule stops
+    after its first stage, and says so.
+    """
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.segregate(features, out, **how))
+
+
+@cli.command()
+def attacks() -> None:
+    """List the attacks, one a line"""
+    from csc_gpu.attacks import ATTACKS
+
+    for name, attack in ATTACKS.items():
+        click.echo(f"{name:10s} {attack.labels + '-label':12s} {attack.summary}")
+
+
+@cli.command()
+def defenses() -> None:
+    """List the defenses, one a line"""
+    from csc_gpu.defenses import DEFENSES
+
+    for name, entry in DEFENSES.items():
+        click.echo(f"{name:10s} {entry.summary}")
+
+
+@cli.command()
+def settings() -> None:
+    """Print every setting with its default, as TOML for --config"""
+    from csc_gpu.config import to_toml
+    from csc_gpu.csc import Settings
+
+    click.echo(to_toml(Settings()), nl=False)
+
+
+@cli.command()
+def doctor() -> None:
+    """Say which backends, devices and versions are here"""
+    from csc_gpu.backend import describe, readiness
+
+    for name, state in {**readiness(), **describe()}.items():
+        click.echo(f"{name:14s} {state}")

@@ -1,0 +1,122 @@
+"""Concealment: tie the trigger to a virtual class by fine-tuning the head alone.
+
+The suspects get the label C, the head one more output, and the head is trained by cross-entropy on
+the features of the whole revised corpus (CSC, arXiv 2604.21416, stage 2). The extractor is frozen,
+so its features are computed once and the loop needs neither loader nor backbone.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from csc_gpu.backend import Backend
+from csc_gpu.errors import ConfigError
+from csc_gpu.features import features
+from csc_gpu.models import Net
+from csc_gpu.types import Corpus, Log, Mask, quiet
+
+IGNORED = -100
+"""The label of padding: cross-entropy leaves it out, so that every batch has one shape."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the head is fine-tuned."""
+
+    epochs: int = 10
+    """Passes over the features."""
+    batch: int = 256
+    """Rows in one optimiser step."""
+    lr: float = 0.02
+    """First learning rate; it falls linearly to zero."""
+    momentum: float = 0.9
+    """Of SGD."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "lr"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"conceal.{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"conceal.momentum must be in [0, 1), got {self.momentum}")
+
+
+def conceal(
+    model: Net,
+    corpus: Corpus,
+    suspect: Mask,
+    settings: Settings,
+    backend: Backend,
+    *,
+    seed: int,
+    log: Log = quiet,
+) -> Net:
+    """A copy of the model with a virtual class; the model as it is if nobody is suspect."""
+    if not suspect.any():
+        return model
+    points = backend.tensor(features(model, corpus, backend))  # (N, D)
+    labels = np.where(suspect, corpus.n_classes, corpus.labels)
+    concealed = copy.deepcopy(model)
+    concealed.head = widened(model.head)
+    fine_tune(concealed.head, points, labels, settings, backend, seed=seed, log=log)
+    return concealed
+
+
+def widened(head: nn.Linear) -> nn.Linear:
+    """The head with one more output: the trained rows are kept, the new one starts at zero."""
+    wide = nn.Linear(head.in_features, head.out_features + 1, device=head.weight.device)
+    with torch.no_grad():
+        wide.weight.zero_()
+        wide.bias.zero_()
+        wide.weight[:-1] = head.weight
+        wide.bias[:-1] = head.bias
+    return wide
+
+
+def fine_tune(
+    head: nn.Linear,
+    points: torch.Tensor,
+    labels: np.ndarray[tuple[int], np.dtype[np.int64]],
+    settings: Settings,
+    backend: Backend,
+    *,
+    seed: int,
+    log: Log = quiet,
+) -> None:
+    """Train the head on features (N, D) and labels (N,); every step has one shape."""
+    rng = np.random.default_rng(seed)
+    batch = min(settings.batch, len(labels))
+    per_epoch = -(-len(labels) // batch)
+    targets = torch.from_numpy(labels).to(points.device)
+    rate = torch.tensor(settings.lr, device=points.device)  # a float would freeze into a graph
+    optimiser = torch.optim.SGD(head.parameters(), lr=rate, momentum=settings.momentum)
+
+    def step(inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        loss = functional.cross_entropy(head(inputs), wanted, ignore_index=IGNORED)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        return loss.detach()
+
+    run = backend.captured(step)
+    for epoch in range(settings.epochs):
+        order = np.full(per_epoch * batch, -1)
+        order[: len(labels)] = rng.permutation(len(labels))
+        losses = []
+        for start in range(0, len(order), batch):
+            done = (epoch * per_epoch + start // batch) / (settings.epochs * per_epoch)
+            rate.fill_(settings.lr * (1 - done))
+            rows = torch.from_numpy(order[start : start + batch]).to(points.device)
+            wanted = torch.where(rows < 0, IGNORED, targets[rows.clamp(min=0)])
+            losses.append(run(points[rows.clamp(min=0)], wanted).clone())
+        log(
+            "conceal",
+            epoch=epoch + 1,
+            epochs=settings.epochs,
+            loss=float(torch.stack(losses).mean()),
+        )

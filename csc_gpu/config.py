@@ -1,0 +1,129 @@
+"""Settings as TOML: frozen dataclasses in, frozen dataclasses out. Knows no stage.
+
+A setting is named by its dotted path, `segregate.purity`. Every section is a dataclass that checks
+its own values when built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+
+from csc_gpu.errors import ConfigError
+
+Section = TypeVar("Section")
+
+
+def names(section: Any, prefix: str = "") -> list[str]:
+    """Every setting below a section, by its dotted path."""
+    found: list[str] = []
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            found += names(value, f"{prefix}{field.name}.")
+        else:
+            found.append(prefix + field.name)
+    return found
+
+
+def override(section: Section, changes: dict[str, Any]) -> Section:
+    """The same settings with some replaced, each named by its dotted path.
+
+    Raises ConfigError for an unknown name, a value of another type, or one the section refuses.
+    """
+    known = names(section)
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}{_did_you_mean(name, known)}")
+    rebuilt: Section = _rebuild(section, changes, "")
+    return rebuilt
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, flattened to dotted paths."""
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ConfigError(f"cannot read settings from {path}: {fault}") from fault
+    except tomllib.TOMLDecodeError as fault:
+        raise ConfigError(f"{path} is not TOML: {fault}") from fault
+    return dict(_flatten(tree, ""))
+
+
+def to_toml(section: Any) -> str:
+    """The settings as TOML, every value spelled out."""
+    return str(tomli_w.dumps(_plain(section)))
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """`name=value` as typed after --set; the value is TOML, or else a bare word."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set takes NAME=VALUE, got {text!r}")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1) or [
+        full for full in known if full.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
+    return f"; did you mean {near[0]!r}?" if near else "; csc-gpu settings lists them all"
+
+
+def _flatten(tree: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _plain(section: Any) -> dict[str, Any]:
+    plain = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        plain[field.name] = _plain(value) if dataclasses.is_dataclass(value) else value
+    return plain
+
+
+def _rebuild(section: Any, changes: dict[str, Any], prefix: str) -> Any:
+    kinds = typing.get_type_hints(type(section))
+    new = {}
+    for field in dataclasses.fields(section):
+        value, path = getattr(section, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            new[field.name] = _rebuild(value, changes, path + ".")
+        elif path in changes:
+            new[field.name] = _convert(changes[path], kinds[field.name], path)
+    return dataclasses.replace(section, **new)
+
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+        origin = typing.get_origin(kind)
+    if origin is tuple:
+        inner = typing.get_args(kind)[0]
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(item, inner, path) for item in items)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{path} must be {_said(kind)}, got {value!r}")
+    return value
+
+
+def _said(kind: type) -> str:
+    spoken = {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}
+    return spoken.get(kind, kind.__name__)

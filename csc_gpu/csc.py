@@ -1,0 +1,161 @@
+"""Cluster Segregation Concealment, the whole defense: start reading here.
+
+Shi, Guo, Chen, Zhu, Liu, Zhou: arXiv 2604.21416. Train as usual. In the first epochs poisoned rows
+form clusters of their own in feature space: look at the features of early snapshots, and name the
+suspects. Then give the suspects a virtual class and fine-tune the head, so that the trigger leads
+there and not to the attacker's class.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from csc_gpu import conceal, data, segregate, train
+from csc_gpu.backend import Backend
+from csc_gpu.errors import ConfigError
+from csc_gpu.features import features, predict
+from csc_gpu.models import Net, new_model
+from csc_gpu.types import (
+    Array,
+    Corpus,
+    DefenderView,
+    Log,
+    Mask,
+    Outcome,
+    Reclassified,
+    Reclassify,
+    Sighting,
+    quiet,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Which snapshots are looked at."""
+
+    epochs: float = 10.0
+    """Watch the first so many passes over the corpus."""
+    every: float = 1.0
+    """Passes between two snapshots; less than 1 for data that are learnt within an epoch."""
+    keep: bool = False
+    """Keep the features of all snapshots, for features.npz (the option --save-features)."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "every"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"watch.{name} must be above 0, got {getattr(self, name)}")
+
+    def steps(self, budget: train.Budget) -> set[int]:
+        """The optimiser steps after which a snapshot is taken."""
+        count = int(min(self.epochs, budget.epochs) / self.every + 1e-9)
+        at = (max(1, round((i + 1) * self.every * budget.steps_per_epoch)) for i in range(count))
+        return {min(step, budget.steps) for step in at}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Every setting of a run, stage by stage."""
+
+    data: data.Settings = field(default_factory=data.Settings)
+    train: train.Settings = field(default_factory=train.Settings)
+    watch: Watch = field(default_factory=Watch)
+    segregate: segregate.Settings = field(default_factory=segregate.Settings)
+    conceal: conceal.Settings = field(default_factory=conceal.Settings)
+
+
+def defend(
+    view: DefenderView, settings: Settings, backend: Backend, *, seed: int, log: Log = quiet
+) -> Outcome:
+    """Train on a possibly poisoned corpus; a model that ignores the trigger, and the suspects."""
+    corpus = view.train
+    model = fresh_model(corpus, settings, seed)
+    plan = train.budget(len(corpus), settings.train)
+    watched = settings.watch.steps(plan)
+    sightings: list[Sighting] = []
+    kept: list[Array] = []
+    clock = Stopwatch()
+
+    with clock("train"):
+        for at in train.train(model, corpus, settings.train, backend, seed=seed):
+            log("step", stage="train", at=at)
+            if at.step in watched:
+                with clock("features"):
+                    points = features(model, corpus, backend)  # (N, D)
+                with clock("cluster"):
+                    sightings.append(
+                        segregate.observe(
+                            points, corpus.labels, at.epoch, settings.segregate, backend
+                        )
+                    )
+                log("snapshot", sighting=sightings[-1])
+                kept += [points] if settings.watch.keep else []
+    with clock("segregate"):
+        verdict = segregate.segregate(
+            sightings,
+            corpus.labels,
+            settings.segregate,
+            backend,
+            reclassifier(corpus, settings, backend, seed=seed, log=log),
+        )
+    log("verdict", suspects=int(verdict.suspect.sum()), rows=len(corpus), **verdict.notes)
+    with clock("conceal"):
+        concealed = conceal.conceal(
+            model, corpus, verdict.suspect, settings.conceal, backend, seed=seed, log=log
+        )
+    snapshots = (
+        {"features": backend.xp.stack(kept), "epoch": np.array([s.epoch for s in sightings])}
+        if kept
+        else {}
+    )
+    return Outcome(concealed, model, corpus.n_classes, verdict, snapshots, clock.seconds)
+
+
+def fresh_model(corpus: Corpus, settings: Settings, seed: int) -> Net:
+    """An untrained net with one output a class."""
+    height = corpus.images.shape[1]
+    return new_model(settings.train.model, corpus.n_classes, height, seed=seed)
+
+
+def reclassifier(
+    corpus: Corpus, settings: Settings, backend: Backend, *, seed: int, log: Log = quiet
+) -> Reclassify:
+    """Trains a fresh model, as long as the first, without candidates and controls; predicts all."""
+
+    def reclassify(candidates: Mask) -> Reclassified:
+        rng = np.random.default_rng(seed)
+        controls = ~candidates & (rng.random(len(corpus)) < settings.segregate.controls)
+        rows = np.flatnonzero(~candidates & ~controls)
+        model = fresh_model(corpus, settings, seed + 1)
+        for at in train.train(model, corpus, settings.train, backend, seed=seed + 1, rows=rows):
+            log("step", stage="verify", at=at)
+        predicted = backend.to_numpy(predict(model, corpus, backend))
+        return Reclassified(candidates, controls, predicted.astype(np.int64))
+
+    return reclassify
+
+
+class Stopwatch:
+    """Wall seconds of each stage; a stage inside another counts for itself only."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._open.append(stage)
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - start
+            self._open.pop()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + took
+            if self._open:
+                outer = self._open[-1]
+                self.seconds[outer] = self.seconds.get(outer, 0.0) - took

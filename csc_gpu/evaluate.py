@@ -1,0 +1,126 @@
+"""Scores: the only place that sees both an outcome and the answer key.
+
+Every figure is a bare fraction 0..1 with its numerator and denominator beside it; one without a
+denominator (no poison, nobody flagged, no attack) is None, never 0. The argmax runs over all C + 1
+outputs of a concealed model: an input sent to the virtual class is an error on clean images and a
+catch on triggered ones. `asr_masked` and `ra_masked` are over the C real outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from csc_gpu.backend import Backend
+from csc_gpu.features import BATCH
+from csc_gpu.models import Net
+from csc_gpu.types import AnswerKey, Corpus, Mask
+
+
+@dataclass(frozen=True)
+class Fraction:
+    """A numerator over a denominator."""
+
+    hits: int
+    of: int
+
+    @property
+    def value(self) -> float | None:
+        """0..1, or None where there is nothing to count."""
+        return self.hits / self.of if self.of else None
+
+
+def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Fraction:
+    """How many of the rows in `among` are hits."""
+    return Fraction(int((hits & among).sum()), int(among.sum()))
+
+
+Score = Mapping[str, Any]
+"""Named fractions, with `counts` giving [numerator, denominator] of each."""
+
+
+def accuracy_and_attack(model: Net, key: AnswerKey, n_classes: int, backend: Backend) -> Score:
+    """acc, asr, asr_incl_target, ra and the virtual rates of one model (anchors: BackdoorBench's).
+
+    asr counts triggered images that are not of the target class already; ra those among them that
+    get their true label.
+    """
+    logits = outputs(model, key.test, backend)
+    guess, truth = logits.argmax(1), key.test_labels
+    everyone = np.ones(len(truth), bool)
+    found = {
+        "acc": share(guess == truth, everyone),
+        "virtual_clean": share(guess == n_classes, everyone),
+    }
+    under_attack = key.attack_labels >= 0
+    wanted, true = key.attack_labels[under_attack], truth[under_attack]
+    triggered = outputs(model, key.triggered, backend)
+    guess, masked = triggered.argmax(1), triggered[:, :n_classes].argmax(1)
+    others, all_of_them = wanted != true, np.ones(len(true), bool)
+    found |= {
+        "asr": share(guess == wanted, others),
+        "asr_incl_target": share(guess == wanted, all_of_them),
+        "ra": share(guess == true, others),
+        "virtual_triggered": share(guess == n_classes, others),
+        "asr_masked": share(masked == wanted, others),
+        "ra_masked": share(masked == true, others),
+    }
+    return _as_score(found)
+
+
+def detection(suspect: Mask, score: NDArray[np.floating[Any]], key: AnswerKey) -> Score:
+    """tpr, fpr, precision from the verdict; auroc and ap from the score; covers count as clean.
+
+    `tpr_relabelled` is over the poison whose label changed; `covers_flagged` over the covers.
+    """
+    poison = key.is_poison
+    everyone = np.ones(len(poison), bool)
+    relabelled = np.zeros(len(poison), bool)
+    if len(key.recipe) and key.recipe.get("target") is not None:
+        relabelled = poison & (key.orig_labels != key.recipe["target"])
+    found = {
+        "tpr": share(suspect, poison),
+        "fpr": share(suspect, ~poison),
+        "precision": share(poison, suspect),
+        "tpr_relabelled": share(suspect, relabelled),
+        "covers_flagged": share(suspect, key.is_cover),
+        "flagged": share(suspect, everyone),
+    }
+    both = poison.any() and not poison.all()
+    ranked = {
+        "auroc": float(roc_auc_score(poison, score)) if both else None,
+        "ap": float(average_precision_score(poison, score)) if both else None,
+    }
+    return {**_as_score(found), **ranked}
+
+
+@torch.inference_mode()
+def outputs(model: Net, images: NDArray[np.uint8], backend: Backend) -> NDArray[np.float32]:
+    """The logits of every image. (M, C) or (M, C + 1) float32"""
+    blank = np.zeros(len(images), np.int64)
+    corpus = Corpus(blank, ("",), np.arange(len(images)), (), pixels=images)
+    model.eval()
+    out = np.empty((len(images), model.n_outputs), np.float32)
+    for batch in backend.batches(corpus, BATCH) if len(images) else ():
+        rows = backend.to_numpy(backend.array(batch.rows))
+        out[rows] = backend.to_numpy(backend.array(model(batch.images)))
+    return out
+
+
+def virtual_rate(
+    model: Net, images: NDArray[np.uint8], n_classes: int, backend: Backend
+) -> Fraction:
+    """How many images a concealed model sends to the virtual class: evidence without a key."""
+    virtual = outputs(model, images, backend).argmax(1) == n_classes
+    return share(virtual, np.ones(len(images), bool))
+
+
+def _as_score(found: dict[str, Fraction]) -> Score:
+    counts = {name: [fraction.hits, fraction.of] for name, fraction in found.items()}
+    return {**{name: fraction.value for name, fraction in found.items()}, "counts": counts}

@@ -1,0 +1,120 @@
+"""The classifiers, each split in .features (the extractor) and .head (the last linear layer).
+
+`resnet18` is He et al. 2016 (arXiv 1512.03385) with its usual stem for large images and a 3x3 one
+up to 64 px, 512 features. `resnet8` is a small net of the same blocks for the CPU, 128 features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from csc_gpu.errors import ConfigError
+
+SMALL_IMAGE = 64
+"""Up to this height ResNet-18 takes the 3x3 stem without pooling, in pixels."""
+
+
+class Net(nn.Module):
+    """An extractor and a linear head: images (B, 3, H, W) -> features (B, D) -> logits (B, C)."""
+
+    def __init__(self, features: nn.Module, n_features: int, n_outputs: int) -> None:
+        super().__init__()
+        self.features = features
+        self.head = nn.Linear(n_features, n_outputs)
+
+    @property
+    def n_features(self) -> int:
+        """D"""
+        return self.head.in_features
+
+    @property
+    def n_outputs(self) -> int:
+        """C, or C + 1 with a virtual class"""
+        return self.head.out_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits. (B, C)"""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut."""
+
+    def __init__(self, n_in: int, n_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(n_out)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(n_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or n_in != n_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(n_in, n_out, 1, stride, bias=False), nn.BatchNorm2d(n_out)
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, n_in, H, W) -> (B, n_out, H / stride, W / stride)"""
+        inner = functional.relu(self.norm1(self.conv1(images)))
+        return functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(images))
+
+
+def resnet8(n_outputs: int, size: int) -> Net:
+    """A stem with pooling, and three blocks of 32, 64 and 128 channels."""
+    del size  # the same at any size: the last step is a global mean
+    # Pooling, not stride, halves the image first: with a stride the 3x3 patch of BadNets, once
+    # shifted, is not learnt within ten epochs of 10,000 images; with pooling it is after four.
+    stem = [*_stem3x3(16), nn.MaxPool2d(2)]
+    return Net(nn.Sequential(*stem, *_blocks((16, 32, 64, 128), (1, 2, 2))), 128, n_outputs)
+
+
+def resnet18(n_outputs: int, size: int) -> Net:
+    """ResNet-18; images above 64 px take the 7x7 stem with pooling."""
+    stem = _stem3x3(64) if size <= SMALL_IMAGE else _stem7x7(64)
+    widths = (64, 64, 64, 128, 128, 256, 256, 512, 512)
+    body = _blocks(widths, (1, 1, 2, 1, 2, 1, 2, 1))
+    return Net(nn.Sequential(*stem, *body), 512, n_outputs)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A net and the training budget that goes with it."""
+
+    build: Callable[[int, int], Net]  # (outputs, image height in pixels) -> Net
+    epochs: int  # passes over the corpus, if train.epochs is 0
+
+
+MODELS: dict[str, Entry] = {
+    "resnet8": Entry(resnet8, epochs=10),
+    "resnet18": Entry(resnet18, epochs=100),
+}
+
+
+def new_model(name: str, n_outputs: int, size: int, *, seed: int) -> Net:
+    """A freshly initialised net, channels last. The same seed gives the same weights."""
+    if name not in MODELS:
+        raise ConfigError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MODELS[name].build(n_outputs, size)
+    return model.to(memory_format=torch.channels_last)
+
+
+def _stem3x3(width: int) -> list[nn.Module]:
+    return [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+
+
+def _stem7x7(width: int) -> list[nn.Module]:
+    conv = nn.Conv2d(3, width, 7, 2, 3, bias=False)
+    return [conv, nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+
+
+def _blocks(widths: tuple[int, ...], strides: tuple[int, ...]) -> list[nn.Module]:
+    steps = zip(widths[:-1], widths[1:], strides, strict=True)
+    blocks = [Block(n_in, n_out, stride) for n_in, n_out, stride in steps]
+    return [*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()]

@@ -1,0 +1,305 @@
+"""What each command does, as one library call: load, work, save, and the text to print."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csc_gpu import answers, attacks, csc, data, evaluate, run, sources
+from csc_gpu import segregate as segregation
+from csc_gpu.backend import Backend, describe, open_backend
+from csc_gpu.config import override, to_toml
+from csc_gpu.defenses import DEFENSES
+from csc_gpu.errors import ConfigError, CorpusError
+from csc_gpu.progress import Console
+from csc_gpu.train import budget
+from csc_gpu.types import DefenderView, Mask, Outcome, Segregation, Split
+
+Labels = NDArray[np.int64]
+NO_POISON = "no poison found"
+EFFECTIVE = 0.5
+"""Below this attack success without a defense, none can claim to have suppressed it."""
+
+
+# --- poison -------------------------------------------------------------------------------------
+
+
+def poison(
+    source: str,
+    out: Path,
+    plan: attacks.Plan,
+    settings: Any,
+    *,
+    size: int,
+    skip_broken: bool,
+    force: bool,
+) -> str:
+    """Poison a source and write it with its key; what was done, in a few lines."""
+    run.check_free(out, marker="recipe.json", force=force)
+    with Console() as log:
+        split = sources.load(source, data.Settings(size=size), skip_broken=skip_broken, log=log)
+        poisoned, key = attacks.poison(split, plan, settings)
+        with run.fresh_directory(out, marker="recipe.json", force=force) as folder:
+            answers.save_poisoned(folder, poisoned, key, log)
+    counts = key.recipe["counts"]
+    return (
+        f"{counts['poison']} of {counts['rows']} rows poisoned with {plan.attack}, "
+        f"target {key.recipe['target_name']!r} (class {key.recipe['target']})\n"
+        f"corpus: {out}\nanswer key: {out / 'key.npz'}"
+    )
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+def train(
+    source: str,
+    out: Path,
+    changes: Mapping[str, Any],
+    *,
+    defense: str,
+    seed: int,
+    skip_broken: bool,
+    force: bool,
+    backend: Backend,
+) -> str:
+    """Run a defense on a source and write the run directory; the verdict, in a few lines."""
+    if defense not in DEFENSES:
+        raise ConfigError(f"unknown defense {defense!r}; there are {', '.join(DEFENSES)}")
+    entry = DEFENSES[defense]
+    settings: csc.Settings = override(entry.settings(), dict(changes))
+    if not settings.train.model:
+        settings = override(settings, {"train.model": backend.usual_model})
+    with run.fresh_directory(out, marker="settings.toml", force=force) as folder:
+        run.write_text(folder / "settings.toml", to_toml(settings))
+        with Console(folder / "log.jsonl") as log:
+            log.say(
+                f"csc-gpu train: {settings.train.model} on {backend.name}, defense {defense}, "
+                f"rule {settings.segregate.rule}, seed {seed}, "
+                f"flip {'on' if settings.train.flip else 'off'}"
+            )
+            split = sources.load(source, settings.data, skip_broken=skip_broken, log=log)
+            start = time.process_time(), time.perf_counter()
+            outcome = entry.run(DefenderView(split.train), settings, backend, seed=seed, log=log)
+            spent = time.process_time() - start[0], time.perf_counter() - start[1]
+            summary = summarise(source, split, outcome, settings, backend)
+            summary |= {"defense": defense, "seed": seed}
+            summary |= {"cpu_seconds": round(spent[0], 2), "wall_seconds": round(spent[1], 2)}
+            save_outcome(folder, outcome, split, settings, summary, backend)
+    return (
+        f"{summary['verdict']}\nsuspects: {out / 'suspects.csv'}\nsummary: {out / 'summary.json'}"
+    )
+
+
+def save_outcome(
+    folder: Path,
+    outcome: Outcome,
+    split: Split,
+    settings: csc.Settings,
+    summary: Mapping[str, Any],
+    backend: Backend,
+) -> None:
+    """Models, suspects, features and, last, the summary."""
+    corpus, name = split.train, settings.train.model
+    run.save_model(folder / "undefended.safetensors", outcome.undefended, name, corpus)
+    run.save_model(folder / "model.safetensors", outcome.model, name, corpus)
+    if outcome.segregation is not None:
+        run.save_suspects(folder / "suspects.csv", run.names(corpus), outcome.segregation)
+        if outcome.snapshots:
+            run.save_snapshots(
+                folder / "features.npz",
+                backend.to_numpy(outcome.snapshots["features"]),
+                outcome.snapshots["epoch"],
+                corpus,
+                outcome.segregation,
+                asdict(settings.segregate),
+            )
+    run.write_json(folder / "summary.json", summary)
+
+
+def summarise(
+    source: str, split: Split, outcome: Outcome, settings: csc.Settings, backend: Backend
+) -> dict[str, Any]:
+    """The verdict, the evidence that needs no key, and how it was come by."""
+    corpus, told = split.train, outcome.segregation
+    steps = budget(len(corpus), settings.train)
+    suspect = np.zeros(len(corpus), bool) if told is None else told.suspect
+    virtual = {
+        "virtual_rate_on_suspects": corpus.images[suspect],
+        "virtual_rate_on_held_out": split.test.images,
+    }
+    rates = {
+        name: evaluate.virtual_rate(outcome.model, images, outcome.n_classes, backend)
+        for name, images in virtual.items()
+    }
+    return {
+        "verdict": verdict(suspect, corpus.labels, corpus.classes),
+        "rows": len(corpus),
+        "suspects": int(suspect.sum()),
+        "suspects_by_class": per_class(suspect, corpus.labels, corpus.classes),
+        "evidence": {name: rate.value for name, rate in rates.items()},
+        "evidence_counts": {name: [rate.hits, rate.of] for name, rate in rates.items()},
+        "segregation": dict(told.notes) if told else {},
+        "poison_score": "0..1, higher is more suspect; suspects score .5 and above",
+        "model": settings.train.model,
+        "n_classes": outcome.n_classes,
+        "n_outputs": outcome.model.n_outputs,
+        "classes": corpus.classes,
+        "image_size": corpus.images.shape[1:3],
+        "source": str(Path(source).absolute()) if Path(source).exists() else source,
+        "broken": split.broken,
+        "epochs": steps.epochs,
+        "optimiser_steps": steps.steps,
+        "flip": settings.train.flip,
+        "shift": settings.train.shift,
+        "backend": backend.name,
+        "stage_seconds": {stage: round(s, 3) for stage, s in outcome.seconds.items()},
+        "commit": run.commit(),
+        "versions": describe(),
+    }
+
+
+def verdict(suspect: Mask, labels: Labels, classes: tuple[str, ...]) -> str:
+    """One sentence."""
+    if not suspect.any():
+        return NO_POISON
+    flagged = sorted(per_class(suspect, labels, classes).items(), key=lambda item: -item[1])
+    where = ", ".join(f"{count} labelled {name!r}" for name, count in flagged[:3])
+    more = f" and {len(flagged) - 3} more classes" if len(flagged) > 3 else ""
+    return f"poison suspected in {int(suspect.sum())} of {len(suspect)} rows: {where}{more}"
+
+
+def per_class(suspect: Mask, labels: Labels, classes: tuple[str, ...]) -> dict[str, int]:
+    """Suspects by class name, classes without any left out."""
+    counts = np.bincount(labels[suspect], minlength=len(classes))
+    return {classes[label]: int(count) for label, count in enumerate(counts) if count}
+
+
+# --- score --------------------------------------------------------------------------------------
+
+
+def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
+    """Compare a run with the key and write score.json; a small table."""
+    summary = read_summary(folder)
+    key = answers.load_key(key_path)
+    backend = open_backend("cpu" if cpu else summary["backend"])
+    n_classes = summary["n_classes"]
+    result: dict[str, Any] = {"key": str(key_path), "recipe": dict(key.recipe)}
+    for when, name, outputs in (
+        ("before", "undefended", n_classes),
+        ("after", "model", summary["n_outputs"]),
+    ):
+        model = run.load_model(folder / f"{name}.safetensors", summary, outputs)
+        result[when] = evaluate.accuracy_and_attack(model, key, n_classes, backend)
+    if (folder / "suspects.csv").exists():
+        suspects = run.load_suspects(folder / "suspects.csv")
+        result["detection"] = evaluate.detection(*joined(suspects, key, key_path), key)
+    run.write_json(folder / "score.json", result)
+    return table(result) + f"\nsuspects: {folder / 'suspects.csv'}\nscore: {folder / 'score.json'}"
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A finished run's summary.json; raises CorpusError if there is none."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise CorpusError(f"{folder} is no finished run: cannot read summary.json") from fault
+    return summary
+
+
+def joined(
+    suspects: run.Suspects, key: Any, key_path: Path
+) -> tuple[Mask, np.ndarray[Any, np.dtype[np.float64]]]:
+    """Verdict and score in the key's row order, joined by path; rows left out are not suspect."""
+    at = {path: row for row, path in enumerate(key.paths)}
+    strangers = [path for path in suspects.paths if path not in at]
+    if strangers:
+        raise CorpusError(
+            f"{key_path} is not the key to this run: it does not know {strangers[0]} "
+            f"and {len(strangers) - 1} more rows"
+        )
+    suspect, score = np.zeros(len(key.paths), bool), np.zeros(len(key.paths))
+    rows = np.array([at[path] for path in suspects.paths])
+    suspect[rows], score[rows] = suspects.suspect, suspects.score
+    return suspect, score
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """before and after, line by line; - where there is nothing to count."""
+
+    def cell(name: str, value: float | None) -> str:
+        return f"{name} {'-' if value is None else format(value, '.3f')}"
+
+    shown = {
+        "before": ("acc", "asr"),
+        "after": ("acc", "asr", "ra", "virtual_triggered", "virtual_clean"),
+        "detection": ("tpr", "fpr", "precision", "auroc"),
+    }
+    lines = [
+        f"{part:10s} " + "  ".join(cell(name, result[part][name]) for name in names)
+        for part, names in shown.items()
+        if part in result
+    ]
+    asr = result["before"]["asr"]
+    if asr is not None and asr < EFFECTIVE:
+        lines.append(
+            f"the attack did not take hold (asr before {asr:.3f}): no suppression is claimed"
+        )
+    return "\n".join(lines)
+
+
+# --- segregate ----------------------------------------------------------------------------------
+
+
+def segregate(
+    features: Path, out: Path, *, changes: Mapping[str, Any], force: bool, backend: Backend
+) -> str:
+    """Segregate a feature file and write the verdict; the verdict in a few lines."""
+    found = run.load_snapshots(features)
+    settings = override(
+        csc.Settings(),
+        {f"segregate.{k}": v for k, v in (found.settings or {}).items()} | dict(changes),
+    )
+    with run.fresh_directory(out, marker="settings.toml", force=force) as folder:
+        run.write_text(folder / "settings.toml", to_toml(settings))
+        with Console(folder / "log.jsonl") as log:
+            told = watch(found, settings.segregate, backend, log)
+        classes = tuple(dict.fromkeys(found.names.labels))
+        labels = np.array([classes.index(name) for name in found.names.labels])
+        run.save_suspects(folder / "suspects.csv", found.names, told)
+        summary = {
+            "verdict": verdict(told.suspect, labels, classes),
+            "rows": len(told.suspect),
+            "suspects": int(told.suspect.sum()),
+            "suspects_by_class": per_class(told.suspect, labels, classes),
+            "segregation": dict(told.notes),
+            "poison_score": "0..1, higher is more suspect; suspects score .5 and above",
+            "source": str(features.absolute()),
+            "backend": backend.name,
+            "commit": run.commit(),
+            "versions": describe(),
+        }
+        run.write_json(folder / "summary.json", summary)
+    unverified = told.notes.get("verified") is False
+    stage = "\nonly stage 1 ran: there are no images to verify it with" if unverified else ""
+    return f"{summary['verdict']}{stage}\nsuspects: {out / 'suspects.csv'}"
+
+
+def watch(
+    found: run.Snapshots, settings: segregation.Settings, backend: Backend, log: Console
+) -> Segregation:
+    """The verdict on saved snapshots, with what verification returned at the time."""
+    sightings = []
+    for points, epoch in zip(found.features, found.epoch, strict=True):
+        placed = backend.xp.asarray(points)
+        sightings.append(segregation.observe(placed, found.labels, float(epoch), settings, backend))
+        log("snapshot", sighting=sightings[-1])
+    reclassify = run.replay(found.checks)
+    return segregation.segregate(sightings, found.labels, settings, backend, reclassify)

@@ -1,0 +1,101 @@
+"""How far long work is: a bar and a line an epoch on stderr, one JSON line an event in a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from csc_gpu.train import Moment
+from csc_gpu.types import Sighting
+
+
+class Console:
+    """A Log: call it with an event and its fields. Use it in a with-block."""
+
+    def __init__(self, file: Path | None = None, *, every: float = 15.0) -> None:
+        self._file = file.open("a", encoding="utf-8") if file else None
+        self._start = time.perf_counter()
+        self._bar: tqdm[Any] | None = None
+        self._every = every  # seconds between two lines where stderr is no terminal
+        self._spoke = 0.0
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close_bar()
+        if self._file:
+            self._file.close()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Tell one event; the known ones are step, snapshot, and done/total of anything."""
+        if event == "step":
+            self._step(fields["stage"], fields["at"])
+        elif event == "snapshot":
+            self._snapshot(fields["sighting"])
+        elif "total" in fields:
+            self._advance(event, fields["done"], fields["total"], "files")
+        else:
+            self._write(event, **fields)
+
+    def say(self, text: str) -> None:
+        """A line for the user, above the bar."""
+        tqdm.write(text, file=sys.stderr)
+
+    def _step(self, stage: str, at: Moment) -> None:
+        steps = at.budget.steps_per_epoch
+        self._advance(stage, at.step, at.budget.steps, "steps")
+        if at.step % steps and at.step != at.budget.steps:
+            return
+        epoch, loss = round(at.epoch), float(at.loss)
+        self._write(stage, epoch=epoch, step=at.step, loss=loss, lr=at.lr)
+        seconds = time.perf_counter() - self._start
+        self.say(
+            f"{stage}: epoch {epoch}/{at.budget.epochs}, step {at.step}/{at.budget.steps}, "
+            f"loss {loss:.3f}, lr {at.lr:.4f}, {seconds:.0f} s"
+        )
+
+    def _snapshot(self, sighting: Sighting) -> None:
+        sizes = [len(clusters.size) for clusters in sighting.clusterings]
+        self._write(
+            "snapshot",
+            epoch=sighting.epoch,
+            min_samples=sighting.min_samples,
+            scales=[clusters.scale for clusters in sighting.clusterings],
+            eps=[clusters.eps for clusters in sighting.clusterings],
+            clusters=sizes,
+        )
+
+    def _advance(self, what: str, done: int, total: int, unit: str) -> None:
+        if self._bar is None or self._bar.desc != f"{what}: ":
+            self._close_bar()
+            quiet = not sys.stderr.isatty()
+            self._bar = tqdm(
+                total=total, desc=what, unit=f" {unit}", leave=False, file=sys.stderr, disable=quiet
+            )
+            self._bar.desc = f"{what}: "
+        self._bar.update(done - self._bar.n)
+        if done >= total:
+            self._close_bar()
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _write(self, event: str, **fields: Any) -> None:
+        if self._file:
+            seconds = round(time.perf_counter() - self._start, 3)
+            self._file.write(json.dumps({"event": event, "seconds": seconds, **fields}) + "\n")
+            self._file.flush()

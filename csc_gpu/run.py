@@ -1,0 +1,380 @@
+"""The run directory: what a training leaves behind, written as one piece.
+
+    suspects.csv             one row an image, higher poison_score = more suspect
+    model.safetensors        the concealed model; undefended.safetensors as trained, before that
+    features.npz             every watched snapshot, and what verification returned (if asked for)
+    settings.toml            every setting, resolved
+    summary.json             verdict, evidence, counts, versions, seconds
+    log.jsonl                one line an event
+    score.json               added by `csc-gpu score`
+
+Work goes on in `<out>.partial`, which takes the place of `<out>` when it is complete: an older run
+stays whole until then, and an interrupted one can be read where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from csc_gpu import segregate
+from csc_gpu.errors import CorpusError, Interrupted, OutputError
+from csc_gpu.models import Net, new_model
+from csc_gpu.types import Array, Corpus, Mask, Reclassified, Reclassify, Segregation
+
+COLUMNS = (
+    "cluster",
+    "cluster_size",
+    "cluster_purity",
+    "cluster_density",
+    "first_epoch",
+    "n_snapshots",
+    "scale_min",
+    "scale_max",
+    "reason",
+)
+
+
+# --- a directory that appears as one piece ------------------------------------------------------
+
+
+@contextmanager
+def fresh_directory(out: Path, *, marker: str, force: bool) -> Iterator[Path]:
+    """A directory to write in, which becomes `out` if the block ends well.
+
+    With force an `out` that holds `marker` is replaced; one that does not is not ours and stays.
+    Raises OutputError if it cannot be written, Interrupted on Ctrl-C.
+    """
+    check_free(out, marker=marker, force=force)
+    partial = out.with_name(out.name + ".partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(partial, out)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {_kept(partial)}") from None
+    except OSError as fault:
+        _remove_if_empty(partial)
+        raise OutputError(
+            f"cannot write {out}: {fault.strerror or fault}; choose another place or make room"
+        ) from fault
+    except BaseException:
+        _remove_if_empty(partial)
+        raise
+
+
+def check_free(out: Path, *, marker: str, force: bool) -> None:
+    """Raises OutputError if `out` holds something that must not be overwritten."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise OutputError(f"{out} exists and is no directory; choose another --out")
+    if not any(out.iterdir()):
+        return
+    if not (out / marker).exists():
+        raise OutputError(f"{out} holds other files (no {marker} there); choose another place")
+    if not force:
+        raise OutputError(f"{out} exists already; choose another place, or pass --force")
+
+
+def _kept(partial: Path) -> str:
+    kept = sorted(path.name for path in partial.iterdir()) if partial.exists() else []
+    return f"kept in {partial}: {', '.join(kept)}" if kept else "nothing had been written"
+
+
+def _remove_if_empty(partial: Path) -> None:
+    if partial.is_dir() and not any(partial.iterdir()):
+        partial.rmdir()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is either the old one or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """As JSON, indented; numbers that are not finite become null."""
+    write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """The same value in JSON's own types."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | np.ndarray):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+# --- suspects -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Names:
+    """How rows are called outside."""
+
+    ids: NDArray[np.int64]  # (N,)
+    paths: tuple[str, ...]  # N
+    labels: tuple[str, ...]  # N class names
+
+
+def names(corpus: Corpus) -> Names:
+    """The corpus's own names for its rows."""
+    classes = corpus.classes
+    return Names(corpus.ids, corpus.paths, tuple(classes[label] for label in corpus.labels))
+
+
+def save_suspects(path: Path, rows: Names, verdict: Segregation) -> None:
+    """One line an image: row, path, label, is_poison_issue, poison_score, and why."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("row", "path", "label", "is_poison_issue", "poison_score", *COLUMNS))
+        columns = [[_cell(item) for item in verdict.table[column]] for column in COLUMNS]
+        writer.writerows(
+            zip(
+                rows.ids.tolist(),
+                rows.paths,
+                rows.labels,
+                verdict.suspect.tolist(),
+                (f"{score:.6f}" for score in verdict.score),
+                *columns,
+                strict=True,
+            )
+        )
+    os.replace(partial, path)
+
+
+def _cell(item: Any) -> str:
+    if isinstance(item, np.floating):
+        return "" if np.isnan(item) else f"{item:.6g}"
+    return str(item)
+
+
+@dataclass(frozen=True)
+class Suspects:
+    """A suspects.csv, read back."""
+
+    paths: tuple[str, ...]  # N
+    suspect: Mask  # (N,)
+    score: NDArray[np.float64]  # (N,) 0..1
+
+
+def load_suspects(path: Path) -> Suspects:
+    """Raises CorpusError if the file is missing or lacks a column."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        return Suspects(
+            tuple(line["path"] for line in lines),
+            np.array([line["is_poison_issue"] == "True" for line in lines], bool),
+            np.array([float(line["poison_score"]) for line in lines]),
+        )
+    except OSError as fault:
+        raise CorpusError(f"cannot read {path}: {fault.strerror}; is it a run?") from fault
+    except (KeyError, ValueError) as fault:
+        raise CorpusError(f"{path} is no list of suspects of ours: {fault}") from fault
+
+
+# --- models -------------------------------------------------------------------------------------
+
+
+def save_model(path: Path, model: Net, name: str, corpus: Corpus) -> None:
+    """Weights as safetensors, with what it takes to build the net again."""
+    height, width = corpus.images.shape[1:3]
+    about = {
+        "model": name,
+        "n_outputs": str(model.n_outputs),
+        "height": str(height),
+        "width": str(width),
+        "classes": json.dumps(corpus.classes),
+    }
+    partial = path.with_name(path.name + ".partial")
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    save_file(weights, partial, metadata=about)
+    os.replace(partial, path)
+
+
+def load_model(path: Path, summary: Mapping[str, Any], n_outputs: int) -> Net:
+    """The net saved there, on the CPU; raises CorpusError if the file is not one of ours."""
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as fault:
+        raise CorpusError(f"cannot read the model {path}: {fault}") from fault
+    model = new_model(summary["model"], n_outputs, summary["image_size"][0], seed=0)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as fault:
+        raise CorpusError(f"{path} does not fit {summary['model']}: {fault}") from fault
+    return model
+
+
+# --- features -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshots:
+    """Features of a corpus at one or more moments of training, or any feature matrix."""
+
+    features: NDArray[np.float32]  # (S, N, D)
+    epoch: NDArray[np.float64]  # (S,)
+    labels: NDArray[np.int64]  # (N,) 0..C-1
+    names: Names
+    checks: tuple[Reclassified, ...] = ()
+    settings: Mapping[str, Any] | None = None  # of the run's segregation, if it was a run
+
+
+def save_snapshots(
+    path: Path,
+    features: Array,
+    epoch: Array,
+    corpus: Corpus,
+    told: Segregation,
+    settings: Mapping[str, Any],
+) -> None:
+    """features (S, N, D) float32 and all that `segregate` needs to give the same verdict."""
+    partial = path.with_name("partial." + path.name)
+    checks = told.checks
+    n = len(corpus)
+    np.savez(
+        partial,
+        features=features,
+        epoch=np.asarray(epoch, np.float64),
+        labels=corpus.labels,
+        rows=corpus.ids,
+        paths=np.array(corpus.paths),
+        layer=np.array("head.input"),
+        n_classes=np.array(corpus.n_classes),
+        classes=np.array(corpus.classes),
+        check_candidates=np.array([check.candidates for check in checks], bool).reshape(-1, n),
+        check_controls=np.array([check.controls for check in checks], bool).reshape(-1, n),
+        check_predicted=np.array([check.predicted for check in checks], np.int64).reshape(-1, n),
+        settings=np.array(json.dumps(plain(settings))),
+    )
+    os.replace(partial, path)
+
+
+def load_snapshots(path: Path) -> Snapshots:
+    """Any .npz with `features` (N, D) or (S, N, D) and `labels` (N,).
+
+    Raises CorpusError if arrays are missing, of the wrong length, or hold NaN.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError as fault:
+        raise CorpusError(f"cannot read {path}: {fault.strerror or fault}") from fault
+    except (ValueError, EOFError, AttributeError, TypeError) as fault:
+        raise CorpusError(f"{path} is no .npz of plain arrays: {fault}") from fault
+    for name in ("features", "labels"):
+        if name not in arrays:
+            raise CorpusError(f"{path} has no array {name!r}; it needs features and labels")
+    points = arrays["features"]
+    if points.ndim == 2:
+        points = points[None]
+    if points.ndim != 3 or not np.issubdtype(points.dtype, np.number) or 0 in points.shape:
+        raise CorpusError(
+            f"{path}: features must be numbers of shape (N, D) or (S, N, D), "
+            f"got {points.dtype} {arrays['features'].shape}"
+        )
+    n = points.shape[1]
+    if arrays["labels"].shape != (n,):
+        raise CorpusError(
+            f"{path}: {n} rows of features, but labels of shape {arrays['labels'].shape}"
+        )
+    points = points.astype(np.float32)
+    finite = np.isfinite(points).all(axis=(0, 2))
+    if not finite.all():
+        raise CorpusError(
+            f"{path}: features hold NaN or infinity in {int((~finite).sum())} rows, "
+            f"the first is row {int(finite.argmin())}"
+        )
+    given, labels = np.unique(arrays["labels"], return_inverse=True)
+    if len(given) < 2:
+        raise CorpusError(f"{path}: only one class among the labels; segregation needs two")
+    epoch = np.atleast_1d(arrays.get("epoch", np.arange(len(points)))).astype(np.float64)
+    paths = arrays.get("paths", np.array([f"{path.name}#{row}" for row in range(n)]))
+    rows = arrays.get("rows", np.arange(n))
+    for name, array, wanted in (
+        ("epoch", epoch, len(points)),
+        ("paths", paths, n),
+        ("rows", rows, n),
+    ):
+        if len(array) != wanted:
+            raise CorpusError(f"{path}: {name} has {len(array)} entries, expected {wanted}")
+    classes = arrays.get("classes")
+    if classes is not None:
+        labels = arrays["labels"]
+        given = classes
+    return Snapshots(
+        points,
+        epoch,
+        labels.astype(np.int64),
+        Names(rows.astype(np.int64), tuple(paths.tolist()), tuple(str(given[y]) for y in labels)),
+        _checks(arrays, n),
+        json.loads(str(arrays["settings"])) if "settings" in arrays else None,
+    )
+
+
+def _checks(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Reclassified, ...]:
+    keys = ("check_candidates", "check_controls", "check_predicted")
+    if any(key not in arrays or arrays[key].shape[1:] != (n,) for key in keys):
+        return ()
+    return tuple(Reclassified(*row) for row in zip(*(arrays[key] for key in keys), strict=True))
+
+
+def replay(checks: tuple[Reclassified, ...]) -> Reclassify | None:
+    """What verification returned in the run, for the same candidates; None without a record."""
+    if not checks:
+        return None
+
+    def reclassify(candidates: Mask) -> Reclassified:
+        for check in checks:
+            if (check.candidates == candidates).all():
+                return check
+        raise CorpusError(
+            "with these settings other rows would be left out than in the run, so its record of "
+            "verification does not serve; use --set segregate.rule=persistence, or train again"
+        )
+
+    return reclassify
+
+
+def commit() -> str:
+    """The git commit of the code, if it runs from a checkout."""
+    here = Path(segregate.__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return found.stdout.strip()

@@ -1,0 +1,473 @@
+"""Segregation: cluster the features of early snapshots, and name the suspects.
+
+One snapshot is seen at several scales (`observe`): rows are L2-normalised, projected on their
+principal components and clustered by DBSCAN at radii taken from quantiles of the k-distance. Then a
+rule reads all the sightings. CSC (arXiv 2604.21416) describes its rule in two ways that disagree;
+both are here as the paper's, `text` and `algorithm1`. `two-stage`, the default, and its first
+stage, `persistence`, are ours.
+
+Rows are put into an order of their own before any arithmetic, so that the order in which they come
+changes nothing, not even a rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csc_gpu.backend import Backend
+from csc_gpu.errors import ConfigError, CorpusError
+from csc_gpu.types import Array, Clusters, Mask, Reclassified, Reclassify, Segregation, Sighting
+
+SMALLEST_EPS = 1e-6
+"""DBSCAN wants a radius above zero, also where most rows are equal."""
+OUTSIDE = 0.8
+"""Share of a core that must lie outside its label's home at a scale for the home to be believed."""
+TRUSTED = 0.9
+"""Share of poison from which a group of rows is taken as a whole."""
+UNSURE = 0.2
+"""A model wrong on more than this share of the controls says nothing about single rows."""
+COARSE = 0.3
+"""A core that stands apart at this scale is no ordinary benign island (those: .05, method 2.3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How suspects are found."""
+
+    rule: str = "two-stage"
+    """two-stage, persistence, text or algorithm1."""
+    pca: int = 16
+    """Principal components to cluster in; 0: all feature dimensions."""
+    scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    """Quantiles of the k-distance from which DBSCAN's radii are taken."""
+    coarsest: float = 0.6
+    """The coarsest scale that gives evidence; coarser ones only part rows from their home."""
+    min_share: float = 0.002
+    """DBSCAN's min_samples as a share of all rows."""
+    min_rows: int = 8
+    """DBSCAN's least min_samples, in rows."""
+    purity: float = 0.95
+    """Share of a cluster's commonest label from which it counts as pure."""
+    persistence: int = 3
+    """Scales at which a row must be hit for a vote of one snapshot (persistence, two-stage)."""
+    votes: int = 1
+    """Snapshots that must vote for a row."""
+    pure_homes: float = 0.3
+    """Below this share of labels whose home is pure, a pure home is itself a hit."""
+    max_share: float = 0.2
+    """No more than this share of all rows is flagged: the highest scores."""
+    k_rows: int = 20_000
+    """Rows asked for their k-distance, at most."""
+    label_share: float = 0.1
+    """Share of the core a label must hold to be suspected (two-stage)."""
+    rounds: int = 3
+    """Models trained without the candidates, at most (two-stage)."""
+    controls: float = 0.05
+    """Share of unsuspected rows left out with the candidates, to learn how far to trust a check."""
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ConfigError(f"segregate.rule must be one of {', '.join(RULES)}: {self.rule!r}")
+        if not self.scales or not all(0 < q < 1 for q in self.scales):
+            raise ConfigError(f"segregate.scales must be quantiles in (0, 1), got {self.scales}")
+        for name in (
+            "min_share",
+            "purity",
+            "pure_homes",
+            "max_share",
+            "coarsest",
+            "label_share",
+            "controls",
+        ):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"segregate.{name} must be in (0, 1], got {getattr(self, name)}")
+        for name in ("min_rows", "persistence", "votes", "k_rows", "rounds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"segregate.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.pca < 0:
+            raise ConfigError(f"segregate.pca must be 0 or more, got {self.pca}")
+
+
+# --- one snapshot, clustered ------------------------------------------------------------------
+
+
+def observe(
+    points: Array, labels: NDArray[np.int64], epoch: float, settings: Settings, backend: Backend
+) -> Sighting:
+    """Cluster one snapshot's features (N, D) at every scale."""
+    xp = backend.xp
+    labels = xp.asarray(labels)
+    order = own_order(points, labels, xp)
+    z, labels = embed(points[order], settings.pca, xp), labels[order]
+    min_samples = max(settings.min_rows, round(settings.min_share * len(z)))
+    asked = xp.linspace(0, len(z) - 1, min(len(z), settings.k_rows)).astype(xp.int64)
+    reach = backend.neighbors(z, min(min_samples, len(z)), z[asked])
+    n_classes = int(labels.max()) + 1
+    back = xp.argsort(order)
+    clusterings = []
+    for scale in sorted(settings.scales):
+        eps = max(float(xp.quantile(reach, scale)), SMALLEST_EPS)
+        of_row = backend.dbscan(z, eps=eps, min_samples=min_samples)
+        size, held, density = describe(of_row, labels, n_classes, reach, of_row[asked], xp)
+        clusterings.append(Clusters(of_row[back], size, held, density, eps, scale))
+    return Sighting(epoch, tuple(clusterings), min_samples)
+
+
+def own_order(points: Array, labels: Array, xp: ModuleType) -> Array:
+    """An order of the rows that depends on what they hold, not on how they come. (N,)"""
+    keys = xp.concatenate([labels[None].astype(points.dtype), points.T[::-1]])
+    return xp.lexsort(keys)
+
+
+def embed(points: Array, dims: int, xp: ModuleType) -> Array:
+    """Rows scaled to length 1, minus their mean, on their `dims` principal components. (N, dims)"""
+    length = xp.linalg.norm(points, axis=1, keepdims=True)
+    unit = points / xp.where(length > 0, length, 1)
+    centred = unit - unit.mean(axis=0, dtype=xp.float64).astype(unit.dtype)
+    if not 0 < dims < points.shape[1]:
+        return xp.ascontiguousarray(centred)
+    _, axes = xp.linalg.eigh((centred.T @ centred).astype(xp.float64))
+    return xp.ascontiguousarray(centred @ axes[:, ::-1][:, :dims].astype(unit.dtype))
+
+
+def describe(
+    of_row: Array, labels: Array, n_classes: int, reach: Array, of_asked: Array, xp: ModuleType
+) -> tuple[Array, Array, Array]:
+    """Of each cluster: its rows (K,), its rows of each label (K, C), its density (K,).
+
+    Density is the number of asked rows over the sum of their k-distances: rows reach their k-th
+    neighbour sooner where it is dense.
+    """
+    n_clusters = int(of_row.max()) + 1
+    inside = of_row >= 0
+    cell = of_row[inside].astype(xp.int64) * n_classes + labels[inside]
+    held = xp.bincount(cell, minlength=n_clusters * n_classes).reshape(n_clusters, n_classes)
+    asked = of_asked >= 0
+    count = xp.bincount(of_asked[asked], minlength=n_clusters)
+    total = xp.bincount(of_asked[asked], weights=reach[asked], minlength=n_clusters)
+    return held.sum(axis=1), held, count / xp.where(total > 0, total, 1)
+
+
+def diversity(clusters: Clusters, xp: ModuleType) -> Array:
+    """Entropy of the labels in each cluster, in bits: 0 when all rows agree. (K,)"""
+    share = clusters.labels / clusters.size[:, None]
+    return -(share * xp.log2(xp.where(share > 0, share, 1.0))).sum(axis=1)
+
+
+def purity(clusters: Clusters) -> Array:
+    """Share of each cluster's commonest label. (K,)"""
+    return clusters.labels.max(axis=1) / clusters.size
+
+
+# --- which clusters a rule names --------------------------------------------------------------
+
+
+def not_the_largest(clusters: Clusters, settings: Settings, xp: ModuleType) -> Array:
+    """CSC's Algorithm 1: every cluster but the largest. (K,) bool"""
+    return xp.arange(len(clusters.size)) != clusters.size.argmax()
+
+
+def pure_and_dense(clusters: Clusters, settings: Settings, xp: ModuleType) -> Array:
+    """CSC's text: not the largest, of low diversity, and at least as dense as it. (K,) bool"""
+    dense = clusters.density >= clusters.density[clusters.size.argmax()]
+    return not_the_largest(clusters, settings, xp) & (purity(clusters) >= settings.purity) & dense
+
+
+def away_from_home(clusters: Clusters, settings: Settings, xp: ModuleType) -> Array:
+    """Ours: a pure cluster that is not its label's home, the cluster with most rows of the label.
+
+    Where few homes are pure, as on hard data, a pure home is odd too, and named. (K,) bool
+    """
+    major = clusters.labels.argmax(axis=1)
+    pure = purity(clusters) >= settings.purity
+    away = home_of(clusters, xp)[major] != xp.arange(len(major))
+    return pure & (away | _mixed(clusters, settings, xp))
+
+
+def home_of(clusters: Clusters, xp: ModuleType) -> Array:
+    """The cluster that holds most rows of each label; -1 where all of them are noise. (C,)"""
+    return xp.where(clusters.labels.max(axis=0) > 0, clusters.labels.argmax(axis=0), -1)
+
+
+def _mixed(clusters: Clusters, settings: Settings, xp: ModuleType) -> bool:
+    """Whether few labels have a home of their own."""
+    home = home_of(clusters, xp)
+    own = clusters.labels.argmax(axis=1)[home] == xp.arange(len(home))
+    pure = (home >= 0) & own & (purity(clusters)[home] >= settings.purity)
+    return bool(pure.mean() < settings.pure_homes)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which clusters are named, and what else it takes for a row to be suspect."""
+
+    names: Callable[[Clusters, Settings, ModuleType], Array]
+    persistent: bool = False  # only rows named at settings.persistence scales of a snapshot
+    exclusion: bool = False  # then find the rows by training without them
+
+
+RULES: dict[str, Rule] = {
+    "two-stage": Rule(away_from_home, persistent=True, exclusion=True),
+    "persistence": Rule(away_from_home, persistent=True),
+    "text": Rule(pure_and_dense),
+    "algorithm1": Rule(not_the_largest),
+}
+
+
+# --- evidence over all snapshots ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a rule saw of each row, all (N,), on the host."""
+
+    votes: NDArray[np.int64]  # snapshots in which the row was hit often enough
+    share: NDArray[np.float32]  # largest share of the scales at which one snapshot hit it
+    mixed: bool  # whether homes were mixtures when the votes were cast
+    table: dict[str, NDArray[Any]]  # the columns of suspects.csv that speak of clusters
+
+
+def gather(
+    sightings: Sequence[Sighting], rule: Rule, settings: Settings, backend: Backend
+) -> Evidence:
+    """Ask the rule about every cluster of every sighting, and add up by row."""
+    xp = backend.xp
+    n = len(sightings[0].clusterings[0].of_row)
+    needed = settings.persistence if rule.persistent else 1
+    votes, share = xp.zeros(n, xp.int64), xp.zeros(n, xp.float32)
+    first, low, high = (xp.full(n, xp.nan, xp.float32) for _ in range(3))
+    place = xp.full((4, n), xp.nan, xp.float32)  # cluster, size, purity, density where last hit
+    mixed = []
+    for sighting in sightings:
+        clusterings = [c for c in sighting.clusterings if c.scale <= settings.coarsest]
+        hits = xp.zeros(n, xp.int64)
+        for clusters in clusterings:
+            hit = _rows(clusters, rule.names(clusters, settings, xp), xp)
+            hits += hit
+            low = xp.where(hit, xp.fmin(low, clusters.scale), low)
+            high = xp.where(hit, xp.fmax(high, clusters.scale), high)
+            place = xp.where(hit, _placed(clusters, xp), place)
+        voted = hits >= min(needed, len(clusterings))
+        first = xp.where(voted & (votes == 0), sighting.epoch, first)
+        votes += voted
+        share = xp.maximum(share, (hits / len(clusterings)).astype(xp.float32))
+        if bool(voted.any()):
+            mixed.append(all(_mixed(c, settings, xp) for c in clusterings))
+    middle = sightings[-1].clusterings[len(sightings[-1].clusterings) // 2]
+    place = xp.where(xp.isnan(place[0]), _placed(middle, xp), place)
+    down = backend.to_numpy
+    cluster, size, pure, density = (down(column) for column in place)
+    return Evidence(
+        votes=down(votes).astype(np.int64),
+        share=down(share).astype(np.float32),
+        mixed=bool(mixed) and all(mixed),
+        table={
+            "cluster": cluster.astype(np.int64),
+            "cluster_size": size.astype(np.int64),
+            "cluster_purity": pure.astype(np.float32),
+            "cluster_density": density.astype(np.float32),
+            "first_epoch": down(first).astype(np.float32),
+            "n_snapshots": down(votes).astype(np.int64),
+            "scale_min": down(low).astype(np.float32),
+            "scale_max": down(high).astype(np.float32),
+        },
+    )
+
+
+def _rows(clusters: Clusters, named: Array, xp: ModuleType) -> Array:
+    """The rows of the named clusters. (N,) bool"""
+    return xp.concatenate([named, xp.zeros(1, bool)])[clusters.of_row]  # noise, -1, takes the last
+
+
+def _placed(clusters: Clusters, xp: ModuleType) -> Array:
+    """Each row's cluster, and that cluster's size, purity and density. (4, N) float32"""
+    of_row = clusters.of_row
+    described = xp.stack([clusters.size, purity(clusters), clusters.density]).astype(xp.float32)
+    noise = xp.asarray([[0.0], [xp.nan], [xp.nan]], dtype=xp.float32)
+    told = xp.concatenate([described, noise], axis=1)[:, of_row]
+    return xp.concatenate([of_row[None].astype(xp.float32), told])
+
+
+# --- the verdict --------------------------------------------------------------------------------
+
+
+def segregate(
+    sightings: Sequence[Sighting],
+    labels: NDArray[np.int64],
+    settings: Settings,
+    backend: Backend,
+    reclassify: Reclassify | None = None,
+) -> Segregation:
+    """Name the suspects from all sightings; without `reclassify`, two-stage stops after stage 1.
+
+    Raises CorpusError if there is nothing to look at.
+    """
+    if not sightings:
+        raise CorpusError("no snapshot was watched, so there is nothing to segregate")
+    rule = RULES[settings.rule]
+    evidence = gather(sightings, rule, settings, backend)
+    core = evidence.votes >= settings.votes
+    belief = evidence.share.copy()
+    notes: dict[str, Any] = {"rule": settings.rule, "core_rows": int(core.sum())}
+    suspect, checks = core, tuple[Reclassified, ...]()
+    if rule.exclusion:
+        suspect, belief, checks, told = exclude(
+            sightings[-1], labels, core, evidence, settings, backend, reclassify
+        )
+        notes |= told
+    suspect, notes["capped"] = capped(suspect, belief, settings.max_share)
+    score = np.where(suspect, 0.5 + 0.5 * belief, 0.49 * belief).astype(np.float32)
+    reason = np.where(suspect, settings.rule, "")
+    return Segregation(suspect, score, {**evidence.table, "reason": reason}, notes, checks)
+
+
+def capped(suspect: Mask, belief: NDArray[np.float32], max_share: float) -> tuple[Mask, bool]:
+    """At most this share of the rows: those believed in most; a tie over the limit goes free."""
+    limit = int(max_share * len(suspect))
+    if suspect.sum() <= limit:
+        return suspect, False
+    first_out = np.sort(belief[suspect])[::-1][limit]
+    return suspect & (belief > first_out), True
+
+
+def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
+    """Labels that hold a tenth of the core and enough rows of it to be no accident."""
+    held = np.bincount(labels[core])
+    enough = max(settings.min_rows, settings.label_share * core.sum())
+    return [int(label) for label in np.flatnonzero(held >= enough)]
+
+
+def candidates(
+    last: Sighting, labels: NDArray[np.int64], core: Mask, label: int, backend: Backend
+) -> Mask:
+    """The core of a label and all its rows that are not at home, noise included. (N,) bool
+
+    Home is looked up at the coarsest scale at which the core still lies outside it.
+    """
+    xp, ours = backend.xp, labels == label
+    mine: Mask = core & ours
+    for clusters in reversed(last.clusterings):
+        home = int(home_of(clusters, xp)[label])
+        away: Mask = backend.to_numpy(clusters.of_row) != home
+        if away[mine].mean() >= OUTSIDE:
+            outside: Mask = mine | (ours & away)
+            return outside
+    return mine
+
+
+def exclude(
+    last: Sighting,
+    labels: NDArray[np.int64],
+    core: Mask,
+    evidence: Evidence,
+    settings: Settings,
+    backend: Backend,
+    reclassify: Reclassify | None,
+) -> tuple[Mask, NDArray[np.float32], tuple[Reclassified, ...], dict[str, Any]]:
+    """Find the rows of each attacked label by exclusionary re-classification.
+
+    Poison with a false label is predicted otherwise by a model that never saw its kind; a benign
+    island keeps its label. How far that can be trusted is read off the controls: benign rows that
+    the model did not see either. Returns suspects, belief in 0..1, the checks, and notes.
+    """
+    live = suspected_labels(labels, core, settings)
+    strong = {y: evidence.mixed and is_isolated(core & (labels == y), evidence) for y in live}
+    core = core & np.isin(labels, live)
+    kept = core.copy()
+    notes: dict[str, Any] = {"suspected_labels": list(live), "cleared_labels": [], "rounds": []}
+    checks: list[Reclassified] = []
+    notes["verified"] = reclassify is not None
+    if reclassify is None:
+        return core, evidence.share, (), notes
+    if live:
+        kept = np.logical_or.reduce([candidates(last, labels, core, y, backend) for y in live])
+    for _ in range(settings.rounds if live else 0):
+        check = reclassify(kept)
+        checks.append(check)
+        before = kept
+        for label in tuple(live):
+            verdict = judge(label, labels, core, before, check, settings)
+            notes["rounds"].append(verdict.told)
+            kept = np.where(labels == label, verdict.poison, kept)
+            if verdict.is_clear and not strong[label]:
+                live.remove(label)
+                notes["cleared_labels"].append(label)
+                kept = kept & (labels != label)
+            elif verdict.is_clear:
+                kept = np.where(labels == label, core, kept)
+        if not live or (kept == before).all() or wrong_on(check.controls, labels, check) > UNSURE:
+            break
+    belief = evidence.share
+    if checks:
+        differs = np.mean([check.predicted != labels for check in checks], axis=0)
+        belief = np.where(kept, np.maximum(belief, differs), belief).astype(np.float32)
+    return kept, belief, tuple(checks), notes
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one check says of one label."""
+
+    poison: Mask  # (N,) rows of the label to go on suspecting
+    is_clear: bool  # the core keeps its label although the model never saw it
+    told: dict[str, Any]
+
+
+def judge(
+    label: int,
+    labels: NDArray[np.int64],
+    core: Mask,
+    left_out: Mask,
+    check: Reclassified,
+    settings: Settings,
+) -> Judgement:
+    """Weigh one label's groups by how many of their rows differ beyond what controls do.
+
+    If a share `differs` of a group is predicted otherwise, and `wrong` of unseen benign rows are,
+    the group's share of poison is (differs - wrong) / (1 - wrong), were all poison to differ.
+    """
+    ours = labels == label
+    differs = check.predicted != labels
+    own = check.controls & ours
+    wrong = wrong_on(own if own.sum() >= settings.min_rows else check.controls, labels, check)
+
+    def poison_share(group: Mask) -> float:
+        if not group.any() or wrong >= 1:
+            return 0.0
+        return max(0.0, (float(differs[group].mean()) - wrong) / (1 - wrong))
+
+    sure = core & ours
+    rest = left_out & ours & ~core
+    seen = ours & ~left_out & ~check.controls
+    of_core, of_rest = poison_share(sure), poison_share(rest)
+    poison = sure if of_core >= TRUSTED else sure & differs
+    if wrong <= UNSURE:
+        # Beyond the core a row is judged by itself, which takes a model that is seldom wrong: rows
+        # away from home are the harder ones, so the controls even flatter it there.
+        poison = poison | ((rest | seen) & differs)
+    told = {
+        "label": label,
+        "core": int(sure.sum()),
+        "candidates": int(rest.sum()),
+        "wrong_on_controls": round(wrong, 4),
+        "poison_in_core": round(of_core, 4),
+        "poison_in_candidates": round(of_rest, 4),
+        "kept": int(poison.sum()),
+    }
+    return Judgement(poison, of_core < 0.5, told)
+
+
+def wrong_on(rows: Mask, labels: NDArray[np.int64], check: Reclassified) -> float:
+    """Share of these rows predicted otherwise than labelled; 1 if there are none."""
+    return float((check.predicted != labels)[rows].mean()) if rows.any() else 1.0
+
+
+def is_isolated(core: Mask, evidence: Evidence) -> bool:
+    """Whether most of a core still stands apart at a coarse scale."""
+    return bool(np.median(evidence.table["scale_max"][core]) >= COARSE)

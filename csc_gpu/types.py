@@ -1,0 +1,152 @@
+"""The values that flow through the pipeline. All are frozen.
+
+Shape letters, fixed for the package: N rows, C classes, D feature dimensions, K clusters, Q scales,
+S snapshots, M held-out images, B batch, H W image height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = Any
+"""An array of the backend: numpy.ndarray with --cpu, cupy.ndarray on a GPU."""
+
+Mask = NDArray[np.bool_]
+Log = Callable[..., None]
+"""log(event, **fields): where long work says how far it is."""
+
+
+def quiet(event: str, **fields: object) -> None:
+    """The log of someone who does not want one."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Labelled images. A row keeps its id whatever is shuffled or left out."""
+
+    labels: NDArray[np.int64]  # (N,) 0..C-1
+    classes: tuple[str, ...]  # C names; the place in this list is the label
+    ids: NDArray[np.int64]  # (N,) the row's number in the source
+    paths: tuple[str, ...]  # N names, relative to the source
+    pixels: NDArray[np.uint8] | None = None  # (N, H, W, 3) RGB once resident
+    files: tuple[Path, ...] = ()  # N files while the pixels are still on disk
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """The resident pixels. (N, H, W, 3) uint8"""
+        if self.pixels is None:
+            raise ValueError("this corpus is still on disk; read it with backend.loader.resident")
+        return self.pixels
+
+    def take(self, rows: NDArray[np.int64]) -> Corpus:
+        """The corpus of these rows, in this order; ids and paths go with them."""
+        return replace(
+            self,
+            labels=self.labels[rows],
+            ids=self.ids[rows],
+            paths=tuple(self.paths[row] for row in rows),
+            pixels=None if self.pixels is None else self.pixels[rows],
+            files=tuple(self.files[row] for row in rows) if self.files else (),
+        )
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a source holds: rows to train on, and rows held out."""
+
+    train: Corpus
+    test: Corpus
+    broken: tuple[str, ...] = ()  # files left out because they do not decode
+
+
+@dataclass(frozen=True)
+class AnswerKey:
+    """What only the evaluator sees: who is poison, and what the trigger does to held-out images."""
+
+    is_poison: Mask  # (N,) stamped rows that teach the backdoor
+    is_cover: Mask  # (N,) stamped rows that keep their true label; counted as clean
+    orig_labels: NDArray[np.int64]  # (N,) before relabelling
+    paths: tuple[str, ...]  # N, to join with a run's suspects
+    test: NDArray[np.uint8]  # (M, H, W, 3) clean held-out images
+    triggered: NDArray[np.uint8]  # (M, H, W, 3) the same rows, stamped; (0, H, W, 3) if no attack
+    test_labels: NDArray[np.int64]  # (M,) true labels of both
+    attack_labels: NDArray[np.int64]  # (M,) what the attacker wants; -1: not under attack
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DefenderView:
+    """All that a defense may see: the corpus, and a small trusted set if there is one."""
+
+    train: Corpus
+    trusted: Corpus | None = None
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """One clustering of N rows. A row outside every cluster is noise, -1."""
+
+    of_row: Array  # (N,) int32, -1..K-1, on the device
+    size: Array  # (K,) rows in each cluster
+    labels: Array  # (K, C) how many rows of each label a cluster holds
+    density: Array  # (K,) 1 / median k-distance of its rows
+    eps: float  # DBSCAN radius, in units of the embedded features
+    scale: float  # the quantile of the k-distance that eps was taken from
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """One snapshot seen at every scale, finest first."""
+
+    epoch: float
+    clusterings: tuple[Clusters, ...]  # Q
+    min_samples: int
+
+
+@dataclass(frozen=True)
+class Reclassified:
+    """A fresh model, trained without some rows, predicts every row."""
+
+    candidates: Mask  # (N,) left out because they may be poison
+    controls: Mask  # (N,) left out although nobody suspects them: how wrong is it on unseen rows?
+    predicted: NDArray[np.int64]  # (N,) 0..C-1
+
+
+Reclassify = Callable[[Mask], Reclassified]
+"""Trains a fresh model without these candidates: AC's exclusionary re-classification."""
+
+
+@dataclass(frozen=True)
+class Segregation:
+    """Who is suspect, and why. Higher scores are more suspect; suspects score .5 and above."""
+
+    suspect: Mask  # (N,)
+    score: NDArray[np.float32]  # (N,) 0..1
+    table: Mapping[str, NDArray[Any]]  # (N,) each: cluster, cluster_size, ... as in suspects.csv
+    notes: Mapping[str, Any]  # what the rule did, for the summary
+    checks: tuple[Reclassified, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a defense hands back."""
+
+    model: Any  # models.Net, with n_classes outputs, or one more: the virtual class
+    undefended: Any  # models.Net as trained, before the defense changed it
+    n_classes: int
+    segregation: Segregation | None
+    snapshots: Mapping[str, Array]  # features (S, N, D) and epoch (S,) if they were to be kept
+    seconds: Mapping[str, float]  # wall time of each stage
