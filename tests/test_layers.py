@@ -20,7 +20,7 @@ LAYERS = (
     {"answers", "evaluate"},
     {"run", "progress"},
     {"pipeline"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 
