@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from csc_gpu.backend import Backend
-from csc_gpu.errors import ConfigError
+from csc_gpu.config import require
 from csc_gpu.features import features
 from csc_gpu.models import Net
 from csc_gpu.types import Corpus, Log, Mask, quiet
@@ -39,11 +39,8 @@ class Settings:
     """Of SGD."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "lr"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"conceal.{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"conceal.momentum must be in [0, 1), got {self.momentum}")
+        require(self, "conceal", "above 0", lambda value: value > 0, "epochs", "batch", "lr")
+        require(self, "conceal", "in [0, 1)", lambda share: 0 <= share < 1, "momentum")
 
 
 def conceal(

@@ -11,6 +11,7 @@ import difflib
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +72,16 @@ def parse_change(text: str) -> tuple[str, Any]:
         return name.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return name.strip(), value.strip()
+
+
+def require(
+    settings: Any, section: str, said: str, holds: Callable[[Any], bool], *names: str
+) -> None:
+    """Raise ConfigError unless each of these settings holds, naming it as the user types it."""
+    for name in names:
+        value = getattr(settings, name)
+        if not holds(value):
+            raise ConfigError(f"{section}.{name} must be {said}, got {value!r}")
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from csc_gpu import conceal, data, segregate, train
 from csc_gpu.backend import Backend
-from csc_gpu.errors import ConfigError
+from csc_gpu.config import require
 from csc_gpu.features import features, predict
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import (
@@ -46,9 +46,7 @@ class Watch:
     """Keep the features of all snapshots, for features.npz (the option --save-features)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "every"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"watch.{name} must be above 0, got {getattr(self, name)}")
+        require(self, "watch", "above 0", lambda value: value > 0, "epochs", "every")
 
     def steps(self, budget: train.Budget) -> set[int]:
         """The optimiser steps after which a snapshot is taken."""

@@ -189,6 +189,11 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
     """Compare a run with the key and write score.json; a small table."""
     summary = read_summary(folder)
     key = answers.load_key(key_path)
+    if list(key.test.shape[1:3]) != summary["image_size"]:
+        raise CorpusError(
+            f"the run saw images of {summary['image_size']} pixels, the key holds "
+            f"{list(key.test.shape[1:3])}; train with --set data.size={key.test.shape[1]}"
+        )
     backend = open_backend("cpu" if cpu else summary["backend"])
     n_classes = summary["n_classes"]
     result: dict[str, Any] = {"key": str(key_path), "recipe": dict(key.recipe)}

@@ -1,4 +1,4 @@
-"""How far long work is: a bar and a line an epoch on stderr, one JSON line an event in a file."""
+"""How far long work is: a bar and some lines on stderr, one JSON line an event in a file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from csc_gpu.types import Sighting
 class Console:
     """A Log: call it with an event and its fields. Use it in a with-block."""
 
-    def __init__(self, file: Path | None = None, *, every: float = 15.0) -> None:
+    def __init__(self, file: Path | None = None, *, every: float = 5.0) -> None:
         self._file = file.open("a", encoding="utf-8") if file else None
         self._start = time.perf_counter()
         self._bar: tqdm[Any] | None = None
-        self._every = every  # seconds between two lines where stderr is no terminal
-        self._spoke = 0.0
+        self._every = every  # seconds between two lines about epochs
+        self._spoke = self._start
 
     def __enter__(self) -> Console:
         return self
@@ -60,10 +60,13 @@ class Console:
             return
         epoch, loss = round(at.epoch), float(at.loss)
         self._write(stage, epoch=epoch, step=at.step, loss=loss, lr=at.lr)
-        seconds = time.perf_counter() - self._start
+        now = time.perf_counter()
+        if now - self._spoke < self._every and at.step < at.budget.steps:
+            return
+        self._spoke = now
         self.say(
             f"{stage}: epoch {epoch}/{at.budget.epochs}, step {at.step}/{at.budget.steps}, "
-            f"loss {loss:.3f}, lr {at.lr:.4f}, {seconds:.0f} s"
+            f"loss {loss:.3f}, lr {at.lr:.4f}, {now - self._start:.0f} s"
         )
 
     def _snapshot(self, sighting: Sighting) -> None:

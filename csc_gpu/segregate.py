@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
-from csc_gpu.errors import ConfigError, CorpusError
+from csc_gpu.config import require
+from csc_gpu.errors import CorpusError
 from csc_gpu.types import Array, Clusters, Mask, Reclassified, Reclassify, Segregation, Sighting
 
 SMALLEST_EPS = 1e-6
@@ -62,6 +63,8 @@ class Settings:
     """Below this share of labels whose home is pure, a pure home is itself a hit."""
     max_share: float = 0.2
     """No more than this share of all rows is flagged: the highest scores."""
+    max_label_share: float = 0.75
+    """No more than this share of a label's rows is taken for certain."""
     k_rows: int = 20_000
     """Rows asked for their k-distance, at most."""
     label_share: float = 0.1
@@ -72,26 +75,18 @@ class Settings:
     """Share of unsuspected rows left out with the candidates, to learn how far to trust a check."""
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ConfigError(f"segregate.rule must be one of {', '.join(RULES)}: {self.rule!r}")
-        if not self.scales or not all(0 < q < 1 for q in self.scales):
-            raise ConfigError(f"segregate.scales must be quantiles in (0, 1), got {self.scales}")
-        for name in (
-            "min_share",
-            "purity",
-            "pure_homes",
-            "max_share",
-            "coarsest",
-            "label_share",
-            "controls",
-        ):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"segregate.{name} must be in (0, 1], got {getattr(self, name)}")
-        for name in ("min_rows", "persistence", "votes", "k_rows", "rounds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"segregate.{name} must be 1 or more, got {getattr(self, name)}")
-        if self.pca < 0:
-            raise ConfigError(f"segregate.pca must be 0 or more, got {self.pca}")
+        caps = ("max_share", "max_label_share", "label_share", "controls")
+        shares = ("min_share", "purity", "pure_homes", "coarsest", *caps)
+        counts = ("min_rows", "persistence", "votes", "k_rows", "rounds")
+        require(self, "segregate", f"one of {', '.join(RULES)}", RULES.__contains__, "rule")
+        require(self, "segregate", "in (0, 1]", lambda share: 0 < share <= 1, *shares)
+        require(self, "segregate", "1 or more", lambda count: count >= 1, *counts)
+        require(self, "segregate", "0 or more", lambda dims: dims >= 0, "pca")
+        require(self, "segregate", "quantiles in (0, 1)", _are_quantiles, "scales")
+
+
+def _are_quantiles(scales: tuple[float, ...]) -> bool:
+    return bool(scales) and all(0 < scale < 1 for scale in scales)
 
 
 # --- one snapshot, clustered ------------------------------------------------------------------
@@ -312,9 +307,13 @@ def segregate(
         raise CorpusError("no snapshot was watched, so there is nothing to segregate")
     rule = RULES[settings.rule]
     evidence = gather(sightings, rule, settings, backend)
-    core = evidence.votes >= settings.votes
+    core, freed = voted_core(evidence.votes, labels, settings)
     belief = evidence.share.copy()
-    notes: dict[str, Any] = {"rule": settings.rule, "core_rows": int(core.sum())}
+    notes: dict[str, Any] = {
+        "rule": settings.rule,
+        "core_rows": int(core.sum()),
+        "freed_labels": freed,
+    }
     suspect, checks = core, tuple[Reclassified, ...]()
     if rule.exclusion:
         suspect, belief, checks, told = exclude(
@@ -325,6 +324,27 @@ def segregate(
     score = np.where(suspect, 0.5 + 0.5 * belief, 0.49 * belief).astype(np.float32)
     reason = np.where(suspect, settings.rule, "")
     return Segregation(suspect, score, {**evidence.table, "reason": reason}, notes, checks)
+
+
+def voted_core(
+    votes: NDArray[np.int64], labels: NDArray[np.int64], settings: Settings
+) -> tuple[Mask, list[int]]:
+    """The rows with enough votes; a label that would lose too many of its rows needs more votes.
+
+    No label is taken whole: that is its home, not an island, and nothing would be left to train on.
+    Labels that no number of votes brings under the cap go free, and are returned too.
+    """
+    core, freed = np.zeros(len(labels), bool), []
+    for label in np.unique(labels[votes >= settings.votes]):
+        ours = labels == label
+        for needed in range(settings.votes, int(votes[ours].max()) + 1):
+            chosen = ours & (votes >= needed)
+            if chosen.sum() <= settings.max_label_share * ours.sum():
+                core |= chosen
+                break
+        else:
+            freed.append(int(label))
+    return core, freed
 
 
 def capped(suspect: Mask, belief: NDArray[np.float32], max_share: float) -> tuple[Mask, bool]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from csc_gpu.backend import Augment, Backend
-from csc_gpu.errors import ConfigError
+from csc_gpu.config import require
 from csc_gpu.models import MODELS, Net
 from csc_gpu.types import Corpus
 
@@ -47,18 +47,13 @@ class Settings:
     """Mirror images at random; for pictures whose mirror image has the same label."""
 
     def __post_init__(self) -> None:
-        if self.model and self.model not in MODELS:
-            raise ConfigError(f"train.model must be one of {', '.join(MODELS)}, got {self.model!r}")
-        for name in ("batch", "lr"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"train.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("epochs", "min_steps", "weight_decay", "warmup"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} must be 0 or more, got {getattr(self, name)}")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"train.momentum must be in [0, 1), got {self.momentum}")
-        if not 0 <= self.shift < 0.5:
-            raise ConfigError(f"train.shift must be in [0, .5), got {self.shift}")
+        models = ("", *MODELS)
+        require(self, "train", f"one of {', '.join(MODELS)}", models.__contains__, "model")
+        require(self, "train", "above 0", lambda value: value > 0, "batch", "lr")
+        positive = ("epochs", "min_steps", "weight_decay", "warmup")
+        require(self, "train", "0 or more", lambda value: value >= 0, *positive)
+        require(self, "train", "in [0, 1)", lambda share: 0 <= share < 1, "momentum")
+        require(self, "train", "in [0, .5)", lambda share: 0 <= share < 0.5, "shift")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Corpus:
     def images(self) -> NDArray[np.uint8]:
         """The resident pixels. (N, H, W, 3) uint8"""
         if self.pixels is None:
-            raise ValueError("this corpus is still on disk; read it with backend.loader.resident")
+            raise ValueError("this corpus is still on disk; read it with backend.reader.read")
         return self.pixels
 
     def take(self, rows: NDArray[np.int64]) -> Corpus:
@@ -81,9 +81,9 @@ class AnswerKey:
     orig_labels: NDArray[np.int64]  # (N,) before relabelling
     paths: tuple[str, ...]  # N, to join with a run's suspects
     test: NDArray[np.uint8]  # (M, H, W, 3) clean held-out images
-    triggered: NDArray[np.uint8]  # (M, H, W, 3) the same rows, stamped; (0, H, W, 3) if no attack
-    test_labels: NDArray[np.int64]  # (M,) true labels of both
-    attack_labels: NDArray[np.int64]  # (M,) what the attacker wants; -1: not under attack
+    triggered: NDArray[np.uint8]  # (T, H, W, 3) those with an attack label, stamped, in order
+    test_labels: NDArray[np.int64]  # (M,) true labels
+    attack_labels: NDArray[np.int64]  # (M,) what the attacker wants; -1: not under attack, T others
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 

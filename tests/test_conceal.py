@@ -74,9 +74,9 @@ def red_and_green(each: int = 20) -> tuple[Corpus, Mask, Net]:
     labels = np.where(truth == 1, 1, 0)
     model = Net(Colours(), 3, 2)
     with torch.no_grad():
-        # as backdoored: red or blue means class 0, green class 1, and blue outweighs green
-        model.head.weight.copy_(torch.tensor([[1.0, 0.0, 3.0], [0.0, 1.0, 0.0]]))
-        model.head.bias.zero_()
+        # backdoored: red means class 0 and green class 1, but blue leads to 0; colours are -2..2
+        model.head.weight.copy_(torch.tensor([[2.0, 0.0, 3.0], [0.0, 1.0, 0.0]]))
+        model.head.bias.copy_(torch.tensor([3.0, 0.0]))
     return Corpus(labels, ("red", "green"), rows, ("",) * len(rows), pixels), truth == 2, model
 
 

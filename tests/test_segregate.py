@@ -19,6 +19,7 @@ from csc_gpu.segregate import (
     own_order,
     purity,
     segregate,
+    voted_core,
 )
 from csc_gpu.types import Clusters
 from tests.worlds import oracle, world
@@ -100,8 +101,8 @@ def test_a_row_of_zeros_is_no_fault():
 def test_an_island_with_a_label_whose_home_is_elsewhere_is_found(rule):
     there = world()
     told = look(there, rule, oracle(there))
-    if rule == "algorithm1":  # flags whole benign classes too, so the cap sets in
-        assert told.notes["capped"] or (told.suspect & ~there.poison).sum() > 100
+    if rule == "algorithm1":  # flags whole benign classes too, but for the cap on each
+        assert len(told.notes["freed_labels"]) == 3
         return
     assert told.suspect[there.poison].mean() >= 0.9
     if rule != "text":  # where classes part, the paper's text names benign ones, too
@@ -185,6 +186,14 @@ def test_the_cap_keeps_the_highest_scores_and_frees_ties():
     assert over
     assert kept.tolist() == [True, False, False, True, False]
     assert capped(suspect, belief, max_share=0.8) == (pytest.approx(suspect), False)
+
+
+def test_a_label_is_never_taken_whole():
+    labels = np.repeat([0, 1, 2], 10)
+    votes = np.array([3] * 5 + [1] * 5 + [2] * 10 + [1] * 4 + [0] * 6)
+    core, freed = voted_core(votes, labels, Settings(max_label_share=0.75))
+    assert core.tolist() == [True] * 5 + [False] * 15 + [True] * 4 + [False] * 6
+    assert freed == [1]
 
 
 def test_the_inputs_are_left_as_they_were():

@@ -21,7 +21,7 @@ class World:
 
 
 def world(seed: int = 0, *, classes: int = 4, rows: int = 100, poison: int = 40) -> World:
-    """Each class is a blob on an axis of its own; the poison a denser one on the axis after them."""
+    """A class is a blob on an axis of its own; the poison a denser one on the axis after them."""
     rng = np.random.default_rng(seed)
     truth = np.repeat(np.arange(classes), rows)
     axis = np.concatenate([truth, np.full(poison, classes)])

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from csc_gpu.config import require
 from csc_gpu.errors import ConfigError
 
 PATTERN = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)
@@ -24,8 +25,7 @@ class Settings:
     """Side of one square of the checkerboard, in pixels."""
 
     def __post_init__(self) -> None:
-        if self.cell < 1:
-            raise ConfigError(f"attack.cell must be 1 or more, got {self.cell}")
+        require(self, "attack", "1 or more", lambda count: count >= 1, "cell")
 
 
 def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:

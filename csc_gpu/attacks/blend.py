@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from csc_gpu.config import require
 from csc_gpu.errors import ConfigError
 
 
@@ -28,8 +29,7 @@ class Settings:
     """Which noise."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.alpha <= 1:
-            raise ConfigError(f"attack.alpha must be in (0, 1], got {self.alpha}")
+        require(self, "attack", "in (0, 1]", lambda share: 0 < share <= 1, "alpha")
 
 
 def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:

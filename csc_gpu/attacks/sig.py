@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from csc_gpu.errors import ConfigError
+from csc_gpu.config import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,7 @@ class Settings:
     """Periods across the image."""
 
     def __post_init__(self) -> None:
-        if self.delta <= 0:
-            raise ConfigError(f"attack.delta must be above 0, got {self.delta}")
+        require(self, "attack", "above 0", lambda value: value > 0, "delta")
 
 
 def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:

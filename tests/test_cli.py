@@ -1,0 +1,349 @@
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from csc_gpu.cli import cli
+from csc_gpu.run import COLUMNS
+
+QUICK = ("--set", "train.epochs=2", "--set", "train.min_steps=1", "--set", "train.batch=32")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def call(*words):
+    return CliRunner().invoke(cli, [str(word) for word in words])
+
+
+def photos(folder: Path, classes=("cat", "dog"), count=10, side=16) -> Path:
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for row in range(count):
+            image = rng.integers(0, 100, (side, side, 3)).astype(np.uint8) + 100 * label
+            Image.fromarray(image.astype(np.uint8)).save(folder / name / f"{row}.jpg")
+    return folder
+
+
+def refused(result, *needles):
+    """One line on stderr, exit status 2, and the words that help."""
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    lines = result.stderr.strip().splitlines()
+    assert lines[-1].startswith("Error: ")
+    for needle in needles:
+        assert needle in lines[-1]
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One small poisoned corpus and its run, trained just long enough to leave every file."""
+    place = tmp_path_factory.mktemp("finished")
+    os.environ["XDG_CACHE_HOME"] = str(place / "cache")
+    made = call("poison", "digits", place / "p", "--attack", "badnets", "--rate", 0.1)
+    assert made.exit_code == 0, made.output
+    ran = call("train", place / "p", "--out", place / "run", "--cpu", "--threads", 1,
+               "--save-features", *QUICK)  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    return place
+
+
+# --- what the commands leave behind -------------------------------------------------------------
+
+
+def test_a_run_leaves_every_file_and_nothing_half_written(finished):
+    assert {path.name for path in (finished / "run").iterdir()} >= {
+        "suspects.csv", "model.safetensors", "undefended.safetensors", "features.npz",
+        "settings.toml", "summary.json", "log.jsonl",
+    }  # fmt: skip
+    assert not list(finished.glob("*.partial"))
+    assert not list((finished / "run").glob("*partial*"))
+
+
+def test_suspects_have_a_line_for_every_row_in_order(finished):
+    with (finished / "run" / "suspects.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["row", "path", "label", "is_poison_issue", "poison_score", *COLUMNS]
+    with np.load(finished / "p" / "key.npz", allow_pickle=False) as key:
+        assert [line["path"] for line in lines] == key["paths"].tolist()
+    assert [int(line["row"]) for line in lines] == list(range(len(lines)))
+    assert all(int(Path(line["path"]).stem) == int(line["row"]) for line in lines)
+
+
+def test_score_gives_bare_fractions_with_counts(finished):
+    done = call("score", finished / "run", "--key", finished / "p" / "key.npz")
+    assert done.exit_code == 0, done.output
+    score = json.loads((finished / "run" / "score.json").read_text())
+    for part in ("before", "after"):
+        for name in ("acc", "asr", "asr_incl_target", "ra", "virtual_clean", "virtual_triggered"):
+            assert 0 <= score[part][name] <= 1
+            hits, of = score[part]["counts"][name]
+            assert score[part][name] == hits / of
+    for name in ("tpr", "fpr", "precision", "auroc"):
+        assert score["detection"][name] is None or 0 <= score["detection"][name] <= 1
+    assert "before" in done.output and "asr" in done.output
+
+
+def test_the_summary_says_how_the_verdict_was_come_by(finished):
+    summary = json.loads((finished / "run" / "summary.json").read_text())
+    assert summary["model"] == "resnet8"
+    assert summary["seed"] == 0
+    assert summary["optimiser_steps"] == summary["epochs"] * 45
+    assert summary["evidence_counts"]["virtual_rate_on_held_out"][1] == 359
+    assert summary["versions"]["torch"] != "not installed"
+
+
+def test_saved_features_give_the_verdict_that_train_gave(finished, tmp_path):
+    done = call("segregate", finished / "run" / "features.npz", "--out", tmp_path / "v", "--cpu")
+    assert done.exit_code == 0, done.output
+    theirs = (finished / "run" / "suspects.csv").read_text()
+    assert (tmp_path / "v" / "suspects.csv").read_text() == theirs
+
+
+def test_the_same_seed_gives_the_same_verdict(finished, tmp_path):
+    again = call(
+        "train", finished / "p", "--out", tmp_path / "again", "--cpu", "--threads", 1, *QUICK
+    )
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again" / "suspects.csv").read_text() == (
+        finished / "run" / "suspects.csv"
+    ).read_text()
+
+
+def test_train_does_not_open_the_answer_key(finished, tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(finished / "p", bare)
+    (bare / "key.npz").write_bytes(b"not a key")
+    (bare / "recipe.json").unlink()
+    done = call("train", bare, "--out", tmp_path / "run", "--cpu", "--threads", 1, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "run" / "suspects.csv").read_text() == (
+        finished / "run" / "suspects.csv"
+    ).read_text()
+
+
+def test_the_first_line_says_which_model_runs_where(finished, tmp_path):
+    done = call(
+        "train", finished / "p", "--out", tmp_path / "r", "--cpu", "--defense", "plain", *QUICK
+    )
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines()[0].startswith("csc-gpu train: resnet8 on cpu, defense plain")
+
+
+def test_a_feature_matrix_of_anything_can_be_segregated(tmp_path):
+    from tests.worlds import world
+
+    there = world()
+    np.savez(
+        tmp_path / "text.npz", features=there.points, labels=np.array(list("abcd"))[there.labels]
+    )
+    done = call("segregate", tmp_path / "text.npz", "--out", tmp_path / "v", "--cpu")
+    assert done.exit_code == 0, done.output
+    assert "only stage 1 ran" in done.output
+    with (tmp_path / "v" / "suspects.csv").open() as file:
+        flagged = [line["is_poison_issue"] == "True" for line in csv.DictReader(file)]
+    assert np.mean(np.array(flagged)[there.poison]) >= 0.9
+
+
+@pytest.mark.parametrize("attack", ["blend", "sig", "none"])
+def test_every_attack_takes_the_same_options(tmp_path, attack):
+    rate = ("--rate-of-target", 0.5) if attack == "sig" else ("--rate", 0.05)
+    done = call("poison", "digits", tmp_path / "p", "--attack", attack, *rate, "--target", "3")
+    assert done.exit_code == 0, done.output
+    with np.load(tmp_path / "p" / "key.npz", allow_pickle=False) as key:
+        assert int(key["is_poison"].sum()) == {"blend": 72, "sig": 73, "none": 0}[attack]
+
+
+def test_a_broken_image_can_be_skipped_and_is_listed(tmp_path):
+    folder = photos(tmp_path / "photos", count=12)
+    (folder / "cat" / "0.jpg").write_bytes(b"text")
+    done = call("train", folder, "--out", tmp_path / "run", "--cpu", "--skip-broken", *QUICK)
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(summary["broken"]) == 1 and "cat/0.jpg" in summary["broken"][0]
+
+
+# --- what is refused, in one line, with exit status 2 -------------------------------------------
+
+
+def train_on(source, tmp_path, *more):
+    return call("train", source, "--out", tmp_path / "run", "--cpu", *more)
+
+
+def test_a_missing_folder_is_refused(tmp_path):
+    refused(train_on(tmp_path / "nowhere", tmp_path), "nowhere")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(train_on(tmp_path / "empty", tmp_path), "empty")
+
+
+def test_one_class_only_is_refused(tmp_path):
+    refused(train_on(photos(tmp_path / "one", classes=("cat",)), tmp_path), "one class")
+
+
+def test_a_truncated_jpeg_is_named(tmp_path):
+    folder = photos(tmp_path / "photos", side=64)
+    file = folder / "dog" / "3.jpg"
+    file.write_bytes(file.read_bytes()[:500])
+    refused(train_on(folder, tmp_path), "dog/3.jpg", "--skip-broken")
+
+
+def test_a_text_file_named_jpg_is_named(tmp_path):
+    folder = photos(tmp_path / "photos")
+    (folder / "dog" / "3.jpg").write_text("hello")
+    refused(train_on(folder, tmp_path), "dog/3.jpg", "--skip-broken")
+
+
+def test_labels_of_the_wrong_length_are_refused(tmp_path):
+    x = np.zeros((10, 8, 8), np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(9), x_test=x, y_test=np.arange(10))
+    refused(train_on(tmp_path / "a.npz", tmp_path), "10", "9")
+
+
+def test_nan_in_features_is_refused(tmp_path):
+    points = np.zeros((10, 4), np.float32)
+    points[6, 1] = np.nan
+    np.savez(tmp_path / "f.npz", features=points, labels=np.arange(10) % 2)
+    refused(call("segregate", tmp_path / "f.npz", "--out", tmp_path / "v", "--cpu"), "NaN", "row 6")
+
+
+@pytest.mark.parametrize(
+    ("words", "needles"),
+    [
+        (("--attack", "badnet", "--rate", 0.1), ("badnet", "badnets")),
+        (("--attack", "badnets", "--rate", 0), ("--rate", "above 0")),
+        (("--attack", "badnets", "--rate", 1), ("--rate", "below 1")),
+        (("--attack", "badnets", "--rate-of-target", 1.5), ("--rate-of-target",)),
+        (("--attack", "badnets"), ("--rate",)),
+        (("--attack", "badnets", "--rate", 0.1, "--target", "12"), ("12", "class")),
+        (("--attack", "sig", "--rate", 0.5), ("--rate-of-target",)),
+        (("--attack", "badnets", "--rate", 0.1, "--option", "cel=2"), ("cel", "cell")),
+        (("--attack", "badnets", "--rate", 0.1, "--trigger", "x.png"), ("badnets", "picture")),
+    ],
+)
+def test_a_wrong_attack_is_refused(tmp_path, words, needles):
+    refused(call("poison", "digits", tmp_path / "p", *words), *needles)
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "needles"),
+    [
+        (("--set", "segregate.rule=tow-stage"), ("segregate.rule", "two-stage")),
+        (("--set", "segregate.epps=1"), ("segregate.epps", "did you mean")),
+        (("--set", "train.lr"), ("NAME=VALUE",)),
+        (("--set", "train.lr=fast"), ("train.lr", "number")),
+        (("--set", "train.model=vgg"), ("train.model", "resnet8")),
+        (("--defense", "magic"), ("magic", "csc")),
+        (("--config", "no.toml"), ("no.toml",)),
+    ],
+)
+def test_a_wrong_setting_is_refused(tmp_path, words, needles):
+    refused(train_on("digits", tmp_path, *words), *needles)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_gpu_and_no_cpu_option_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    refused(call("train", "digits", "--out", tmp_path / "run"), "GPU", "--cpu")
+
+
+def test_an_existing_run_is_left_alone_without_force(finished):
+    before = {path: path.read_bytes() for path in (finished / "run").iterdir()}
+    refused(train_on(finished / "p", finished), "exists", "--force")
+    assert before == {path: path.read_bytes() for path in (finished / "run").iterdir()}
+
+
+def test_a_directory_with_other_files_is_never_replaced(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    refused(train_on("digits", tmp_path, "--force"), "other files")
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    refused(call("train", "digits", "--out", tmp_path / "file" / "run", "--cpu"), "cannot write")
+    refused(call("poison", "digits", "/proc/nowhere", "--attack", "none", "--rate", 0.1), "/proc")
+
+
+def test_a_key_to_another_corpus_is_refused(finished, tmp_path):
+    photos(tmp_path / "photos", side=8)
+    call("poison", tmp_path / "photos", tmp_path / "p", "--attack", "badnets", "--rate", 0.2)
+    refused(call("score", finished / "run", "--key", tmp_path / "p" / "key.npz"), "not the key")
+
+
+def test_score_of_something_else_is_refused(tmp_path):
+    refused(call("score", tmp_path, "--key", tmp_path / "key.npz"), "no finished run")
+
+
+# --- the rest -----------------------------------------------------------------------------------
+
+
+def test_interrupting_says_what_was_kept(tmp_path):
+    line = [sys.executable, "-m", "csc_gpu", "train", "digits", "--out", str(tmp_path / "run"),
+            "--cpu", "--threads", "1", "--set", "train.epochs=2000"]  # fmt: skip
+    work = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run.partial" / "log.jsonl"
+    for _ in range(600):
+        if log.exists() and log.stat().st_size:
+            break
+        time.sleep(0.1)
+    work.send_signal(signal.SIGINT)
+    _, told = work.communicate(timeout=60)
+    assert work.returncode == 130
+    assert "interrupted" in told.splitlines()[-1]
+    assert "settings.toml" in told.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_wrong_usage_load_neither_torch_nor_numpy():
+    check = "import sys, csc_gpu.cli; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_every_help_says_what_the_command_does(command):
+    done = call(command, "--help")
+    assert done.exit_code == 0
+    assert cli.commands[command].help
+
+
+def test_doctor_names_backends_and_versions():
+    done = call("doctor")
+    assert done.exit_code == 0
+    for word in ("backend cpu", "backend gpu", "torch", "nvidia-dali", "python"):
+        assert word in done.output
+
+
+def test_settings_are_toml_that_config_takes(tmp_path):
+    (tmp_path / "all.toml").write_text(call("settings").output)
+    done = train_on("digits", tmp_path, "--config", tmp_path / "all.toml", *QUICK)
+    assert done.exit_code == 0, done.output
+
+
+def test_attacks_and_defenses_are_listed_name_first():
+    assert [line.split()[0] for line in call("attacks").output.splitlines()] == [
+        "badnets", "blend", "sig", "none",
+    ]  # fmt: skip
+    assert [line.split()[0] for line in call("defenses").output.splitlines()] == ["csc", "plain"]
