@@ -66,7 +66,9 @@ def conceal(
 
 def widened(head: nn.Linear) -> nn.Linear:
     """The head with one more output: the trained rows are kept, the new one starts at zero."""
-    wide = nn.Linear(head.in_features, head.out_features + 1, device=head.weight.device)
+    wide: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, head.in_features, head.out_features + 1, device=head.weight.device
+    )
     with torch.no_grad():
         wide.weight.zero_()
         wide.bias.zero_()

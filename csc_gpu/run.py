@@ -15,6 +15,7 @@ stays whole until then, and an interrupted one can be read where it stopped.
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from csc_gpu import segregate
+from csc_gpu.data.arrays import load_arrays
 from csc_gpu.errors import CorpusError, Interrupted, OutputError
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import Array, Corpus, Mask, Reclassified, Reclassify, Segregation
@@ -59,19 +61,23 @@ def fresh_directory(out: Path, *, marker: str, force: bool) -> Iterator[Path]:
     Raises OutputError if it cannot be written, Interrupted on Ctrl-C.
     """
     check_free(out, marker=marker, force=force)
+    out = out.resolve()
     partial = out.with_name(out.name + ".partial")
     try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        _begin(partial)
         yield partial
+        (partial / OURS).unlink()
         if out.exists():
             shutil.rmtree(out)
         os.replace(partial, out)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {_kept(partial)}") from None
+        kept = _kept(partial)
+        _remove_if_empty(partial)
+        raise Interrupted(f"interrupted; {kept}") from None
     except OSError as fault:
         _remove_if_empty(partial)
+        if not _is_about(fault, partial):
+            raise
         raise OutputError(
             f"cannot write {out}: {fault.strerror or fault}; choose another place or make room"
         ) from fault
@@ -80,12 +86,17 @@ def fresh_directory(out: Path, *, marker: str, force: bool) -> Iterator[Path]:
         raise
 
 
+OURS = ".csc-gpu"
+"""A file that says that a partial directory is ours to remove."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+
+
 def check_free(out: Path, *, marker: str, force: bool) -> None:
     """Raises OutputError if `out` holds something that must not be overwritten."""
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():
-        raise OutputError(f"{out} exists and is no directory; choose another --out")
+        raise OutputError(f"{out} exists and is no directory; choose another place")
     if not any(out.iterdir()):
         return
     if not (out / marker).exists():
@@ -94,14 +105,35 @@ def check_free(out: Path, *, marker: str, force: bool) -> None:
         raise OutputError(f"{out} exists already; choose another place, or pass --force")
 
 
+def _begin(partial: Path) -> None:
+    """Make the partial directory anew; what an interrupted run of ours left there goes."""
+    if partial.exists():
+        if not (partial / OURS).exists():
+            raise OutputError(f"{partial} is in the way and is not ours; move it")
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    (partial / OURS).write_text("work in progress of csc-gpu; may be removed\n")
+
+
+def _is_about(fault: OSError, partial: Path) -> bool:
+    """Whether the fault lies in writing here, not in something that was read."""
+    return fault.errno in NO_ROOM or str(fault.filename or "").startswith(str(partial.parent))
+
+
 def _kept(partial: Path) -> str:
-    kept = sorted(path.name for path in partial.iterdir()) if partial.exists() else []
+    kept = _contents(partial)
     return f"kept in {partial}: {', '.join(kept)}" if kept else "nothing had been written"
 
 
+def _contents(partial: Path) -> list[str]:
+    if not partial.is_dir():
+        return []
+    return sorted(path.name for path in partial.iterdir() if path.name != OURS)
+
+
 def _remove_if_empty(partial: Path) -> None:
-    if partial.is_dir() and not any(partial.iterdir()):
-        partial.rmdir()
+    if partial.is_dir() and (partial / OURS).exists() and not _contents(partial):
+        shutil.rmtree(partial)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -150,7 +182,7 @@ def names(corpus: Corpus) -> Names:
 def save_suspects(path: Path, rows: Names, verdict: Segregation) -> None:
     """One line an image: row, path, label, is_poison_issue, poison_score, and why."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(("row", "path", "label", "is_poison_issue", "poison_score", *COLUMNS))
         columns = [[_cell(item) for item in verdict.table[column]] for column in COLUMNS]
@@ -186,17 +218,28 @@ class Suspects:
 def load_suspects(path: Path) -> Suspects:
     """Raises CorpusError if the file is missing or lacks a column."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-        return Suspects(
-            tuple(line["path"] for line in lines),
-            np.array([line["is_poison_issue"] == "True" for line in lines], bool),
-            np.array([float(line["poison_score"]) for line in lines]),
-        )
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            reader = csv.DictReader(file)
+            missing = {"path", "is_poison_issue", "poison_score"} - set(reader.fieldnames or ())
+            lines = list(reader)
     except OSError as fault:
         raise CorpusError(f"cannot read {path}: {fault.strerror}; is it a run?") from fault
-    except (KeyError, ValueError) as fault:
-        raise CorpusError(f"{path} is no list of suspects of ours: {fault}") from fault
+    except csv.Error as fault:
+        raise CorpusError(f"{path} is no CSV: {fault}") from fault
+    if missing:
+        lacks = ", ".join(sorted(missing))
+        raise CorpusError(f"{path} is no list of suspects of ours: it lacks {lacks}")
+    try:
+        return Suspects(
+            tuple(line["path"] for line in lines),
+            np.array([VERDICTS[line["is_poison_issue"]] for line in lines], bool),
+            np.array([float(line["poison_score"]) for line in lines]),
+        )
+    except (KeyError, ValueError, TypeError) as fault:
+        raise CorpusError(f"{path} is no list of suspects of ours: a line holds {fault}") from fault
+
+
+VERDICTS = {"True": True, "False": False}
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -282,16 +325,7 @@ def load_snapshots(path: Path) -> Snapshots:
 
     Raises CorpusError if arrays are missing, of the wrong length, or hold NaN.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except OSError as fault:
-        raise CorpusError(f"cannot read {path}: {fault.strerror or fault}") from fault
-    except (ValueError, EOFError, AttributeError, TypeError) as fault:
-        raise CorpusError(f"{path} is no .npz of plain arrays: {fault}") from fault
-    for name in ("features", "labels"):
-        if name not in arrays:
-            raise CorpusError(f"{path} has no array {name!r}; it needs features and labels")
+    arrays = load_arrays(path, ("features", "labels"), OPTIONAL)
     points = arrays["features"]
     if points.ndim == 2:
         points = points[None]
@@ -312,31 +346,68 @@ def load_snapshots(path: Path) -> Snapshots:
             f"{path}: features hold NaN or infinity in {int((~finite).sum())} rows, "
             f"the first is row {int(finite.argmin())}"
         )
-    given, labels = np.unique(arrays["labels"], return_inverse=True)
-    if len(given) < 2:
-        raise CorpusError(f"{path}: only one class among the labels; segregation needs two")
-    epoch = np.atleast_1d(arrays.get("epoch", np.arange(len(points)))).astype(np.float64)
+    labels, classes = _classes(path, arrays)
+    epoch = np.atleast_1d(arrays.get("epoch", np.arange(len(points))))
     paths = arrays.get("paths", np.array([f"{path.name}#{row}" for row in range(n)]))
     rows = arrays.get("rows", np.arange(n))
-    for name, array, wanted in (
+    for name, array, length in (
         ("epoch", epoch, len(points)),
         ("paths", paths, n),
         ("rows", rows, n),
     ):
-        if len(array) != wanted:
-            raise CorpusError(f"{path}: {name} has {len(array)} entries, expected {wanted}")
-    classes = arrays.get("classes")
-    if classes is not None:
-        labels = arrays["labels"]
-        given = classes
+        if array.shape != (length,):
+            raise CorpusError(f"{path}: {name} has shape {array.shape}, expected ({length},)")
+        if name != "paths" and not np.issubdtype(array.dtype, np.number):
+            raise CorpusError(f"{path}: {name} must be numbers, got {array.dtype}")
+    names_of_rows = Names(
+        rows.astype(np.int64), tuple(map(str, paths)), tuple(classes[label] for label in labels)
+    )
     return Snapshots(
         points,
-        epoch,
-        labels.astype(np.int64),
-        Names(rows.astype(np.int64), tuple(paths.tolist()), tuple(str(given[y]) for y in labels)),
+        epoch.astype(np.float64),
+        labels,
+        names_of_rows,
         _checks(arrays, n),
-        json.loads(str(arrays["settings"])) if "settings" in arrays else None,
+        _settings(path, arrays),
     )
+
+
+OPTIONAL = (
+    "epoch",
+    "paths",
+    "rows",
+    "classes",
+    "settings",
+    "check_candidates",
+    "check_controls",
+    "check_predicted",
+)
+
+
+def _classes(
+    path: Path, arrays: Mapping[str, NDArray[Any]]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels as 0..C-1, and the C names: those stored, or the sorted values of the labels."""
+    given = arrays["labels"]
+    values, labels = np.unique(given, return_inverse=True)
+    if len(values) < 2:
+        raise CorpusError(f"{path}: only one class among the labels; segregation needs two")
+    if "classes" not in arrays:
+        return labels.astype(np.int64), tuple(map(str, values))
+    classes = arrays["classes"]
+    if not np.issubdtype(given.dtype, np.integer) or values[0] < 0 or values[-1] >= len(classes):
+        raise CorpusError(f"{path}: labels must be whole numbers 0..{len(classes) - 1}, as classes")
+    return given.astype(np.int64), tuple(map(str, classes))
+
+
+def _settings(path: Path, arrays: Mapping[str, NDArray[Any]]) -> Mapping[str, Any] | None:
+    if "settings" not in arrays:
+        return None
+    try:
+        settings: dict[str, Any] = dict(json.loads(str(arrays["settings"])))
+    except (ValueError, TypeError) as fault:
+        raise CorpusError(f"{path}: its array 'settings' is none of ours: {fault}") from fault
+    return settings
 
 
 def _checks(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Reclassified, ...]:

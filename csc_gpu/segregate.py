@@ -25,10 +25,14 @@ from csc_gpu.config import require
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import Array, Clusters, Mask, Reclassified, Reclassify, Segregation, Sighting
 
+HASH_FACTOR = 6364136223846793005
+"""Knuth's multiplier for 64-bit linear congruential generators (MMIX)."""
 SMALLEST_EPS = 1e-6
 """DBSCAN wants a radius above zero, also where most rows are equal."""
 OUTSIDE = 0.8
 """Share of a core that must lie outside its label's home at a scale for the home to be believed."""
+MOST_LEFT_OUT = 0.5
+"""Candidates beyond the core are left out only if this share of all rows stays to train on."""
 TRUSTED = 0.9
 """Share of poison from which a group of rows is taken as a whole."""
 UNSURE = 0.2
@@ -83,6 +87,8 @@ class Settings:
         require(self, "segregate", "1 or more", lambda count: count >= 1, *counts)
         require(self, "segregate", "0 or more", lambda dims: dims >= 0, "pca")
         require(self, "segregate", "quantiles in (0, 1)", _are_quantiles, "scales")
+        finest = f"{min(self.scales)} or more, the finest of segregate.scales"
+        require(self, "segregate", finest, lambda scale: scale >= min(self.scales), "coarsest")
 
 
 def _are_quantiles(scales: tuple[float, ...]) -> bool:
@@ -115,9 +121,15 @@ def observe(
 
 
 def own_order(points: Array, labels: Array, xp: ModuleType) -> Array:
-    """An order of the rows that depends on what they hold, not on how they come. (N,)"""
-    keys = xp.concatenate([labels[None].astype(points.dtype), points.T[::-1]])
-    return xp.lexsort(keys)
+    """An order of the rows that depends on what they hold, not on how they come. (N,)
+
+    Rows are sorted by a 64-bit hash of their bits and label, in whole numbers, which do not round.
+    """
+    bits = xp.ascontiguousarray(points, dtype=xp.float32).view(xp.uint32)
+    key = labels.astype(xp.uint64)
+    for column in bits.T:
+        key = key * xp.uint64(HASH_FACTOR) + column
+    return xp.argsort(key, kind="stable")
 
 
 def embed(points: Array, dims: int, xp: ModuleType) -> Array:
@@ -187,12 +199,16 @@ def away_from_home(clusters: Clusters, settings: Settings, xp: ModuleType) -> Ar
 
 def home_of(clusters: Clusters, xp: ModuleType) -> Array:
     """The cluster that holds most rows of each label; -1 where all of them are noise. (C,)"""
+    if not len(clusters.size):
+        return xp.full(clusters.labels.shape[1], -1)
     return xp.where(clusters.labels.max(axis=0) > 0, clusters.labels.argmax(axis=0), -1)
 
 
 def _mixed(clusters: Clusters, settings: Settings, xp: ModuleType) -> bool:
     """Whether few labels have a home of their own."""
     home = home_of(clusters, xp)
+    if not len(clusters.size):
+        return True
     own = clusters.labels.argmax(axis=1)[home] == xp.arange(len(home))
     pure = (home >= 0) & own & (purity(clusters)[home] >= settings.purity)
     return bool(pure.mean() < settings.pure_homes)
@@ -243,6 +259,8 @@ def gather(
         clusterings = [c for c in sighting.clusterings if c.scale <= settings.coarsest]
         hits = xp.zeros(n, xp.int64)
         for clusters in clusterings:
+            if not len(clusters.size):
+                continue  # nothing but noise at this scale
             hit = _rows(clusters, rule.names(clusters, settings, xp), xp)
             hits += hit
             low = xp.where(hit, xp.fmin(low, clusters.scale), low)
@@ -374,6 +392,8 @@ def candidates(
     mine: Mask = core & ours
     for clusters in reversed(last.clusterings):
         home = int(home_of(clusters, xp)[label])
+        if home < 0:
+            continue
         away: Mask = backend.to_numpy(clusters.of_row) != home
         if away[mine].mean() >= OUTSIDE:
             outside: Mask = mine | (ours & away)
@@ -406,7 +426,8 @@ def exclude(
     if reclassify is None:
         return core, evidence.share, (), notes
     if live:
-        kept = np.logical_or.reduce([candidates(last, labels, core, y, backend) for y in live])
+        wide = np.logical_or.reduce([candidates(last, labels, core, y, backend) for y in live])
+        kept = wide if wide.mean() <= MOST_LEFT_OUT else core
     for _ in range(settings.rounds if live else 0):
         check = reclassify(kept)
         checks.append(check)

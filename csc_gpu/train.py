@@ -49,7 +49,8 @@ class Settings:
     def __post_init__(self) -> None:
         models = ("", *MODELS)
         require(self, "train", f"one of {', '.join(MODELS)}", models.__contains__, "model")
-        require(self, "train", "above 0", lambda value: value > 0, "batch", "lr")
+        require(self, "train", "4 or more", lambda rows: rows >= 4, "batch")
+        require(self, "train", "above 0", lambda value: value > 0, "lr")
         positive = ("epochs", "min_steps", "weight_decay", "warmup")
         require(self, "train", "0 or more", lambda value: value >= 0, *positive)
         require(self, "train", "in [0, 1)", lambda share: 0 <= share < 1, "momentum")

@@ -18,6 +18,7 @@ from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError
 from csc_gpu.models import new_model
 from csc_gpu.run import (
     COLUMNS,
+    OURS,
     Names,
     fresh_directory,
     load_model,
@@ -64,7 +65,8 @@ def old_run(out: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    files = [path for path in folder.iterdir() if path.name != OURS]
+    return {path.name: path.read_text(encoding="utf-8") for path in files}
 
 
 def stopped(out: Path, *files: str, by: BaseException, force: bool = False) -> None:
@@ -129,12 +131,30 @@ def test_another_error_is_passed_on_as_it_is_and_leaves_no_empty_directory(tmp_p
 
 
 def test_what_an_interrupted_run_left_is_replaced_by_the_next(tmp_path: Path):
-    (tmp_path / "run.partial").mkdir()
-    (tmp_path / "run.partial" / "left").touch()
+    with pytest.raises(Interrupted):
+        stopped(tmp_path / "run", "left", by=KeyboardInterrupt())
+    assert (tmp_path / "run.partial" / "left").exists()
     with fresh_directory(tmp_path / "run", marker=MARKER, force=False) as folder:
         (folder / "a").touch()
     assert contents(tmp_path / "run") == {"a": ""}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_partial_directory_of_someone_else_is_not_touched(tmp_path: Path):
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "thesis").touch()
+    with (
+        pytest.raises(OutputError, match="not ours"),
+        fresh_directory(tmp_path / "run", marker=MARKER, force=True),
+    ):
+        pytest.fail("the block must not begin")
+    assert (tmp_path / "run.partial" / "thesis").exists()
+
+
+def test_a_fault_in_reading_is_not_taken_for_one_in_writing(tmp_path: Path):
+    gone = OSError(errno.ENOENT, "No such file or directory", "/photos/cat.jpg")
+    with pytest.raises(FileNotFoundError):
+        stopped(tmp_path / "run", by=gone)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -453,7 +473,7 @@ def test_labels_with_gaps_are_closed_up(tmp_path: Path):
 def test_a_missing_array_is_named(tmp_path: Path, missing: str):
     arrays = {"features": POINTS, "labels": LABELS}
     del arrays[missing]
-    with pytest.raises(CorpusError, match=rf"f\.npz has no array '{missing}'"):
+    with pytest.raises(CorpusError, match=rf"f\.npz has no array {missing}"):
         load_snapshots(saved(tmp_path, **arrays))
 
 
@@ -496,7 +516,7 @@ def test_one_class_alone_cannot_be_segregated(tmp_path: Path):
     [("epoch", [1.0, 2.0], 1), ("paths", ["a"], 4), ("rows", [1, 2, 3], 4)],
 )
 def test_a_column_of_another_length_is_named(tmp_path: Path, name: str, array: Any, wanted: int):
-    message = rf"{name} has {len(array)} entries, expected {wanted}"
+    message = rf"{name} has shape \({len(array)},\), expected \({wanted},\)"
     with pytest.raises(CorpusError, match=message):
         load_snapshots(saved(tmp_path, features=POINTS, labels=LABELS, **{name: array}))
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csc_gpu.backend import open_backend
+from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.segregate import (
     RULES,
@@ -204,6 +205,20 @@ def test_the_inputs_are_left_as_they_were():
     np.testing.assert_array_equal(labels, there.labels)
 
 
+def test_rows_too_thinly_spread_for_any_cluster_are_no_poison():
+    class AllNoise(CpuBackend):
+        def dbscan(self, points, *, eps, min_samples):
+            return np.full(len(points), -1, np.int32)
+
+    there, thin = world(), AllNoise(1)
+    for rule in RULES:
+        chosen = Settings(rule=rule)
+        sighting = observe(there.points, there.labels, 1.0, chosen, thin)
+        told = segregate([sighting], there.labels, chosen, thin, oracle(there))
+        assert not told.suspect.any()
+        assert (told.table["cluster"] == -1).all()
+
+
 def test_no_snapshot_is_an_error():
     with pytest.raises(CorpusError, match="no snapshot"):
         segregate([], np.zeros(3, np.int64), Settings(), CPU)
@@ -219,6 +234,7 @@ def test_no_snapshot_is_an_error():
         ({"max_share": 1.5}, "segregate.max_share"),
         ({"min_rows": 0}, "segregate.min_rows"),
         ({"pca": -1}, "segregate.pca"),
+        ({"coarsest": 0.01}, "segregate.coarsest"),
     ],
 )
 def test_a_setting_out_of_range_is_named(change, message):

@@ -27,7 +27,7 @@ def batches(
     augment: Augment | None,
     rng: np.random.Generator | None,
 ) -> Iterator[Batch]:
-    """The rows of `order`, each exactly once, in even batches of `size` or one fewer.
+    """The rows of `order`, each exactly once, in even batches of at most `size`.
 
     Even, because a last batch of one row would leave BatchNorm nothing to normalise over.
     """
