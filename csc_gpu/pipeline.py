@@ -86,6 +86,11 @@ def train(
                 f"flip {'on' if settings.train.flip else 'off'}"
             )
             split = sources.load(source, settings.data, skip_broken=skip_broken, log=log)
+            plan = budget(len(split.train), settings.train)
+            log.say(
+                f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
+                f"held out; {plan.epochs} epochs are {plan.steps} optimiser steps"
+            )
             start = time.process_time(), time.perf_counter()
             outcome = entry.run(DefenderView(split.train), settings, backend, seed=seed, log=log)
             spent = time.process_time() - start[0], time.perf_counter() - start[1]
@@ -112,6 +117,7 @@ def save_outcome(
     run.save_model(folder / "model.safetensors", outcome.model, name, corpus)
     if outcome.segregation is not None:
         run.save_suspects(folder / "suspects.csv", run.names(corpus), outcome.segregation)
+        run.save_clusters(folder / "clusters.csv", outcome.segregation, corpus.classes)
         if outcome.snapshots:
             run.save_snapshots(
                 folder / "features.npz",
@@ -207,7 +213,7 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
         suspects = run.load_suspects(folder / "suspects.csv")
         result["detection"] = evaluate.detection(*joined(suspects, key, key_path), key)
     run.write_json(folder / "score.json", result)
-    return table(result) + f"\nsuspects: {folder / 'suspects.csv'}\nscore: {folder / 'score.json'}"
+    return table(result) + f"\nscore: {folder / 'score.json'}\nsuspects: {folder / 'suspects.csv'}"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -276,9 +282,9 @@ def segregate(
         run.write_text(folder / "settings.toml", to_toml(settings))
         with Console(folder / "log.jsonl") as log:
             told = watch(found, settings.segregate, backend, log)
-        classes = tuple(dict.fromkeys(found.names.labels))
-        labels = np.array([classes.index(name) for name in found.names.labels])
+        labels, classes = found.labels, found.classes
         run.save_suspects(folder / "suspects.csv", found.names, told)
+        run.save_clusters(folder / "clusters.csv", told, classes)
         summary = {
             "verdict": verdict(told.suspect, labels, classes),
             "rows": len(told.suspect),

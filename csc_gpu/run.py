@@ -1,6 +1,7 @@
 """The run directory: what a training leaves behind, written as one piece.
 
     suspects.csv             one row an image, higher poison_score = more suspect
+    clusters.csv             one row a cluster, at every snapshot and scale
     model.safetensors        the concealed model; undefended.safetensors as trained, before that
     features.npz             every watched snapshot, and what verification returned (if asked for)
     settings.toml            every setting, resolved
@@ -47,6 +48,20 @@ COLUMNS = (
     "scale_min",
     "scale_max",
     "reason",
+)
+
+
+CLUSTER_COLUMNS = (
+    "epoch",
+    "scale",
+    "eps",
+    "cluster",
+    "size",
+    "label",
+    "purity",
+    "diversity",
+    "density",
+    "named",
 )
 
 
@@ -201,9 +216,21 @@ def save_suspects(path: Path, rows: Names, verdict: Segregation) -> None:
 
 
 def _cell(item: Any) -> str:
-    if isinstance(item, np.floating):
+    if isinstance(item, float | np.floating):
         return "" if np.isnan(item) else f"{item:.6g}"
     return str(item)
+
+
+def save_clusters(path: Path, verdict: Segregation, classes: tuple[str, ...]) -> None:
+    """One line a cluster at a snapshot and a scale; diversity in bits, eps of unit features."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(CLUSTER_COLUMNS)
+        for line in verdict.clusters:
+            told = {**line, "label": classes[line["label"]]}
+            writer.writerow(_cell(told[column]) for column in CLUSTER_COLUMNS)
+    os.replace(partial, path)
 
 
 @dataclass(frozen=True)
@@ -285,6 +312,7 @@ class Snapshots:
     features: NDArray[np.float32]  # (S, N, D)
     epoch: NDArray[np.float64]  # (S,)
     labels: NDArray[np.int64]  # (N,) 0..C-1
+    classes: tuple[str, ...]  # C names
     names: Names
     checks: tuple[Reclassified, ...] = ()
     settings: Mapping[str, Any] | None = None  # of the run's segregation, if it was a run
@@ -366,6 +394,7 @@ def load_snapshots(path: Path) -> Snapshots:
         points,
         epoch.astype(np.float64),
         labels,
+        classes,
         names_of_rows,
         _checks(arrays, n),
         _settings(path, arrays),

@@ -12,7 +12,7 @@ changes nothing, not even a rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -341,7 +341,32 @@ def segregate(
     suspect, notes["capped"] = capped(suspect, belief, settings.max_share)
     score = np.where(suspect, 0.5 + 0.5 * belief, 0.49 * belief).astype(np.float32)
     reason = np.where(suspect, settings.rule, "")
-    return Segregation(suspect, score, {**evidence.table, "reason": reason}, notes, checks)
+    table = {**evidence.table, "reason": reason}
+    listed = tuple(line for s in sightings for line in listing(s, rule, settings, backend))
+    return Segregation(suspect, score, table, notes, checks, listed)
+
+
+def listing(
+    sighting: Sighting, rule: Rule, settings: Settings, backend: Backend
+) -> Iterator[dict[str, Any]]:
+    """Every cluster of a snapshot, scale by scale: what it is and whether the rule names it."""
+    xp, down = backend.xp, backend.to_numpy
+    for found in sighting.clusterings:
+        if not len(found.size):
+            continue
+        columns = {
+            "cluster": xp.arange(len(found.size)),
+            "size": found.size,
+            "label": found.labels.argmax(axis=1),
+            "purity": purity(found),
+            "diversity": diversity(found, xp),
+            "density": found.density,
+            "named": rule.names(found, settings, xp) & (found.scale <= settings.coarsest),
+        }
+        values = [down(column).tolist() for column in columns.values()]
+        for line in zip(*values, strict=True):
+            where = {"epoch": sighting.epoch, "scale": found.scale, "eps": found.eps}
+            yield where | dict(zip(columns, line, strict=True))
 
 
 def voted_core(
@@ -485,13 +510,13 @@ def judge(
 
     sure = core & ours
     rest = left_out & ours & ~core
-    seen = ours & ~left_out & ~check.controls
     of_core, of_rest = poison_share(sure), poison_share(rest)
-    poison = sure if of_core >= TRUSTED else sure & differs
-    if wrong <= UNSURE:
-        # Beyond the core a row is judged by itself, which takes a model that is seldom wrong: rows
-        # away from home are the harder ones, so the controls even flatter it there.
-        poison = poison | ((rest | seen) & differs)
+    if wrong <= UNSURE:  # the model is seldom wrong: each row is judged by itself
+        poison = ours & ~check.controls & differs
+    elif of_core >= TRUSTED:
+        poison = sure
+    else:
+        poison = sure & differs
     told = {
         "label": label,
         "core": int(sure.sum()),

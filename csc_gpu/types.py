@@ -138,6 +138,7 @@ class Segregation:
     table: Mapping[str, NDArray[Any]]  # (N,) each: cluster, cluster_size, ... as in suspects.csv
     notes: Mapping[str, Any]  # what the rule did, for the summary
     checks: tuple[Reclassified, ...] = ()
+    clusters: tuple[Mapping[str, Any], ...] = ()  # every cluster at every scale, as in clusters.csv
 
 
 @dataclass(frozen=True)

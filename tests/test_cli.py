@@ -68,8 +68,8 @@ def finished(tmp_path_factory):
 
 def test_a_run_leaves_every_file_and_nothing_half_written(finished):
     assert {path.name for path in (finished / "run").iterdir()} >= {
-        "suspects.csv", "model.safetensors", "undefended.safetensors", "features.npz",
-        "settings.toml", "summary.json", "log.jsonl",
+        "suspects.csv", "clusters.csv", "model.safetensors", "undefended.safetensors",
+        "features.npz", "settings.toml", "summary.json", "log.jsonl",
     }  # fmt: skip
     assert not list(finished.glob("*.partial"))
     assert not list((finished / "run").glob("*partial*"))
