@@ -34,7 +34,7 @@ OUTSIDE = 0.8
 MOST_LEFT_OUT = 0.5
 """Candidates beyond the core are left out only if this share of all rows stays to train on."""
 TRUSTED = 0.9
-"""Share of poison from which a group of rows is taken as a whole."""
+"""Share of poison among rows from which they are kept."""
 UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
 COARSE = 0.3
@@ -467,7 +467,8 @@ def exclude(
                 kept = kept & (labels != label)
             elif verdict.is_clear:
                 kept = np.where(labels == label, core, kept)
-        if not live or (kept == before).all() or wrong_on(check.controls, labels, check) > UNSURE:
+        unsure = wrong_on(check.controls, check.predicted != labels) > UNSURE
+        if not live or unsure or (kept == before).all():
             break
     belief = evidence.share
     if checks:
@@ -493,45 +494,45 @@ def judge(
     check: Reclassified,
     settings: Settings,
 ) -> Judgement:
-    """Weigh one label's groups by how many of their rows differ beyond what controls do.
+    """Weigh each group of a label's rows by how many differ, beyond what benign rows do.
 
-    If a share `differs` of a group is predicted otherwise, and `wrong` of unseen benign rows are,
-    the group's share of poison is (differs - wrong) / (1 - wrong), were all poison to differ.
+    If a share `differs` of a group is predicted otherwise, and a share `wrong` of unseen benign
+    rows is, the group's share of poison is (differs - wrong) / (1 - wrong), were all poison to
+    differ. Of the differing rows, poison / differs are then poison: enough, and they are kept.
     """
     ours = labels == label
     differs = check.predicted != labels
+    wrong = wrong_on(check.controls, differs)
     own = check.controls & ours
-    wrong = wrong_on(own if own.sum() >= settings.min_rows else check.controls, labels, check)
+    if own.sum() >= settings.min_rows:
+        wrong = max(wrong, wrong_on(own, differs))
 
     def poison_share(group: Mask) -> float:
-        if not group.any() or wrong >= 1:
-            return 0.0
-        return max(0.0, (float(differs[group].mean()) - wrong) / (1 - wrong))
+        share = float(differs[group].mean()) if group.any() else 0.0
+        return max(0.0, (share - wrong) / (1 - wrong))
 
     sure = core & ours
-    rest = left_out & ours & ~core
-    of_core, of_rest = poison_share(sure), poison_share(rest)
-    if wrong <= UNSURE:  # the model is seldom wrong: each row is judged by itself
-        poison = ours & ~check.controls & differs
-    elif of_core >= TRUSTED:
-        poison = sure
-    else:
-        poison = sure & differs
+    groups = (sure, left_out & ours & ~core, ours & ~left_out & ~check.controls)
+    poison = np.zeros(len(labels), bool)
+    for group in groups if wrong <= UNSURE else (sure,):
+        share = poison_share(group)
+        if share > 0 and share >= TRUSTED * float(differs[group].mean()):
+            poison |= group & differs
+    if wrong > UNSURE and poison_share(sure) >= TRUSTED:
+        poison |= sure  # the model cannot tell single rows, but the core is poison as a whole
     told = {
         "label": label,
-        "core": int(sure.sum()),
-        "candidates": int(rest.sum()),
         "wrong_on_controls": round(wrong, 4),
-        "poison_in_core": round(of_core, 4),
-        "poison_in_candidates": round(of_rest, 4),
+        "rows": [int(group.sum()) for group in groups],
+        "poison_share": [round(poison_share(group), 4) for group in groups],
         "kept": int(poison.sum()),
     }
-    return Judgement(poison, of_core < 0.5, told)
+    return Judgement(poison, poison_share(sure) < 0.5, told)
 
 
-def wrong_on(rows: Mask, labels: NDArray[np.int64], check: Reclassified) -> float:
-    """Share of these rows predicted otherwise than labelled; 1 if there are none."""
-    return float((check.predicted != labels)[rows].mean()) if rows.any() else 1.0
+def wrong_on(rows: Mask, differs: Mask) -> float:
+    """Share of these rows that differ, as if one more had and one had not (Laplace). 0..1"""
+    return (int((differs & rows).sum()) + 1) / (int(rows.sum()) + 2)
 
 
 def is_isolated(core: Mask, evidence: Evidence) -> bool:

@@ -16,13 +16,14 @@ from csc_gpu.segregate import (
     capped,
     diversity,
     embed,
+    judge,
     observe,
     own_order,
     purity,
     segregate,
     voted_core,
 )
-from csc_gpu.types import Clusters
+from csc_gpu.types import Clusters, Reclassified
 from tests.worlds import oracle, world
 
 CPU = open_backend("cpu", 1)
@@ -240,3 +241,44 @@ def test_no_snapshot_is_an_error():
 def test_a_setting_out_of_range_is_named(change, message):
     with pytest.raises(ConfigError, match=message):
         Settings(**change)
+
+
+def check_of(labels, differs, controls):
+    predicted = np.where(differs, labels + 1, labels)
+    return Reclassified(np.zeros(len(labels), bool), controls, predicted)
+
+
+def test_rows_the_model_trained_on_are_not_added_because_it_errs_now_and_then():
+    labels = np.zeros(400, np.int64)
+    core = np.arange(400) < 100
+    controls = np.arange(400) >= 300
+    differs = core | (np.arange(400) % 10 == 0)  # all of the core, a tenth of everything else
+    verdict = judge(0, labels, core, core, check_of(labels, differs, controls), Settings())
+    assert not verdict.is_clear
+    np.testing.assert_array_equal(verdict.poison, core)
+
+
+def test_a_reliable_model_adds_candidates_that_differ_and_frees_core_rows_that_do_not():
+    labels = np.zeros(400, np.int64)
+    row = np.arange(400)
+    core, rest, controls = row < 100, (row >= 100) & (row < 200), row >= 300
+    differs = (row < 90) | ((row >= 100) & (row < 150))
+    verdict = judge(0, labels, core, core | rest, check_of(labels, differs, controls), Settings())
+    np.testing.assert_array_equal(verdict.poison, differs)
+
+
+def test_a_model_wrong_on_every_third_control_keeps_a_core_whole_and_adds_nothing():
+    labels = np.zeros(400, np.int64)
+    row = np.arange(400)
+    core, rest, controls = row < 100, (row >= 100) & (row < 200), row >= 300
+    differs = (row < 98) | rest | (controls & (row % 3 == 0))
+    verdict = judge(0, labels, core, core | rest, check_of(labels, differs, controls), Settings())
+    np.testing.assert_array_equal(verdict.poison, core)
+
+
+def test_a_core_that_keeps_its_label_is_clear():
+    labels = np.zeros(400, np.int64)
+    row = np.arange(400)
+    check = check_of(labels, row < 20, row >= 300)
+    verdict = judge(0, labels, row < 100, row < 100, check, Settings())
+    assert verdict.is_clear
