@@ -39,6 +39,9 @@ class Commands(click.Group):
             raise kind(" ".join(str(fault).split())) from fault
 
 
+COUNT = click.IntRange(0, 2**31 - 1)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="csc-gpu")
 def cli() -> None:
@@ -55,7 +58,7 @@ def machine(command: Callable[..., Any]) -> Callable[..., Any]:
     """--cpu and --threads, handed on as an opened backend."""
 
     @click.option("--cpu", is_flag=True, help="Run on the processor (NumPy, scikit-learn).")
-    @click.option("--threads", default=0, help="Processor threads; 0 takes every core.")
+    @click.option("--threads", default=0, type=COUNT, help="Processor threads; 0 takes every core.")
     @functools.wraps(command)
     def opened(cpu: bool, threads: int, **rest: Any) -> Any:
         # Small steps wait for each other all the time; spinning threads doubled the CPU time of the
@@ -100,9 +103,11 @@ force = click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option("--rate", type=float, help="Share of all training rows to poison.")
 @click.option("--rate-of-target", type=float, help="Share of the target class's rows instead.")
 @click.option("--target", default="0", show_default=True, help="Class name, or its index.")
-@click.option("--seed", default=0, show_default=True, help="Which rows, and their order.")
+@click.option(
+    "--seed", default=0, type=COUNT, show_default=True, help="Which rows, and their order."
+)
 @click.option("--trigger", default="", help="A picture to blend in (blend).")
-@click.option("--size", default=0, help="Image side in pixels; 0 keeps the usual one.")
+@click.option("--size", default=0, type=COUNT, help="Image side in pixels; 0 keeps the usual one.")
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="A setting of the attack."
 )
@@ -137,7 +142,9 @@ def poison(
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run directory.")
 @click.option("--defense", default="csc", show_default=True, help="csc or plain.")
-@click.option("--seed", default=0, show_default=True, help="Of weights, order and augmentation.")
+@click.option(
+    "--seed", default=0, type=COUNT, show_default=True, help="Of weights, order and augmentation."
+)
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
 @click.option("--save-features", is_flag=True, help="Keep features.npz, for segregate.")
 @skip_broken
@@ -198,7 +205,7 @@ def attacks() -> None:
     from csc_gpu.attacks import ATTACKS
 
     for name, attack in ATTACKS.items():
-        click.echo(f"{name:10s} {attack.labels + '-label':12s} {attack.summary}")
+        click.echo(f"{name:10s} {attack.label_policy:12s} {attack.summary}")
 
 
 @cli.command()
@@ -212,11 +219,11 @@ def defenses() -> None:
 
 @cli.command()
 def settings() -> None:
-    """Print every setting with its default, as TOML for --config"""
-    from csc_gpu.config import to_toml
+    """Print every setting with its meaning and default, as TOML for --config"""
+    from csc_gpu.config import explained
     from csc_gpu.csc import Settings
 
-    click.echo(to_toml(Settings()), nl=False)
+    click.echo(explained(Settings()), nl=False)
 
 
 @cli.command()

@@ -6,8 +6,11 @@ its own values when built.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import tomllib
 import types
 import typing
@@ -63,6 +66,32 @@ def to_toml(section: Any) -> str:
     return str(tomli_w.dumps(_plain(section)))
 
 
+def explained(section: Any) -> str:
+    """The settings as TOML, each below what it means: the string under its declaration."""
+    meanings = _meanings(type(section))
+    lines, tables = [], []
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            tables.append(f"[{field.name}]\n{explained(value)}")
+        else:
+            lines.append(f"# {meanings[field.name]}\n{tomli_w.dumps({field.name: value})}")
+    return "".join(lines) + "\n".join(tables)
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """The string that stands below each field of a dataclass."""
+    declared = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(declared, ast.ClassDef)
+    return {
+        ast.unparse(field.target): " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(declared.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
 def parse_change(text: str) -> tuple[str, Any]:
     """`name=value` as typed after --set; the value is TOML, or else a bare word."""
     name, equals, value = text.partition("=")
@@ -85,10 +114,14 @@ def require(
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1) or [
-        full for full in known if full.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
-    return f"; did you mean {near[0]!r}?" if near else "; csc-gpu settings lists them all"
+    section, _, leaf = name.rpartition(".")
+    leaves = {full.rpartition(".")[2]: full for full in known}
+    leaves |= {leaf: f"{section}.{leaf}" for leaf in leaves if f"{section}.{leaf}" in known}
+    near = difflib.get_close_matches(leaf, leaves, n=1)
+    if near:
+        return f"; did you mean {leaves[near[0]]!r}?"
+    beside = [full for full in known if full.rpartition(".")[0] == section]
+    return f"; there are {', '.join(beside or known)}"
 
 
 def _flatten(tree: dict[str, Any], prefix: str) -> typing.Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csc_gpu import csc
-from csc_gpu.config import names, override, parse_change, read_toml, to_toml
+from csc_gpu.config import explained, names, override, parse_change, read_toml, to_toml
 from csc_gpu.errors import ConfigError
 
 
@@ -80,8 +81,8 @@ def test_a_mistyped_name_gets_the_name_that_was_meant(typed: str, meant: str):
 
 
 @pytest.mark.parametrize("typed", ["zzz", ""])
-def test_a_name_that_nothing_is_like_is_refused_with_where_to_look(typed: str):
-    with pytest.raises(ConfigError, match=f"unknown setting '{typed}'; csc-gpu settings lists"):
+def test_a_name_that_nothing_is_like_is_refused_with_what_there_is(typed: str):
+    with pytest.raises(ConfigError, match=f"unknown setting '{typed}'; there are name, chairs"):
         override(KITCHEN, {typed: 1})
 
 
@@ -245,3 +246,12 @@ def test_a_change_without_an_equals_sign_is_refused():
 def test_no_setting_of_a_run_may_be_nan(name: str):
     with pytest.raises(ConfigError, match=re.escape(name)):
         override(csc.Settings(), dict([parse_change(f"{name}=nan")]))
+
+
+def test_explained_settings_are_toml_with_every_meaning_above_its_value():
+    told = explained(csc.Settings())
+    assert tomllib.loads(told) == tomllib.loads(to_toml(csc.Settings()))
+    lines = told.splitlines()
+    for number, line in enumerate(lines):
+        if " = " in line:
+            assert lines[number - 1].startswith("# ") and lines[number - 1].endswith((".", ")"))

@@ -29,6 +29,11 @@ class Attack:
     labels: str  # "dirty": other classes relabelled; "clean": rows of the target; "none"
     summary: str
 
+    @property
+    def label_policy(self) -> str:
+        """In the field's words: dirty-label, clean-label or - for none."""
+        return "-" if self.labels == "none" else f"{self.labels}-label"
+
 
 ATTACKS: dict[str, Attack] = {
     "badnets": Attack(badnets.stamp, badnets.Settings, "dirty", "3x3 checkerboard in a corner"),
