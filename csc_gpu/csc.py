@@ -71,7 +71,7 @@ def defend(
 ) -> Outcome:
     """Train on a possibly poisoned corpus; a model that ignores the trigger, and the suspects."""
     corpus = view.train
-    model = fresh_model(corpus, settings, seed)
+    model = fresh_model(corpus, settings, backend, seed=seed)
     plan = train.budget(len(corpus), settings.train)
     watched = settings.watch.steps(plan)
     sightings: list[Sighting] = []
@@ -113,10 +113,11 @@ def defend(
     return Outcome(concealed, model, corpus.n_classes, verdict, snapshots, clock.seconds)
 
 
-def fresh_model(corpus: Corpus, settings: Settings, seed: int) -> Net:
-    """An untrained net with one output a class."""
+def fresh_model(corpus: Corpus, settings: Settings, backend: Backend, *, seed: int) -> Net:
+    """An untrained net with one output a class, on the device."""
     height = corpus.images.shape[1]
-    return new_model(settings.train.model, corpus.n_classes, height, seed=seed)
+    model = new_model(settings.train.model, corpus.n_classes, height, seed=seed)
+    return model.to(backend.device)
 
 
 def reclassifier(
@@ -128,7 +129,7 @@ def reclassifier(
         rng = np.random.default_rng(seed)
         controls = ~candidates & (rng.random(len(corpus)) < settings.segregate.controls)
         rows = np.flatnonzero(~candidates & ~controls)
-        model = fresh_model(corpus, settings, seed + 1)
+        model = fresh_model(corpus, settings, backend, seed=seed + 1)
         for at in train.train(model, corpus, settings.train, backend, seed=seed + 1, rows=rows):
             log("step", stage="verify", at=at)
         predicted = backend.to_numpy(predict(model, corpus, backend))

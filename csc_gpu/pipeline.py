@@ -24,6 +24,7 @@ from csc_gpu.types import DefenderView, Mask, Outcome, Segregation, Split
 
 Labels = NDArray[np.int64]
 NO_POISON = "no poison found"
+NOT_LOOKED = "poison was not looked for"
 EFFECTIVE = 0.5
 """Below this attack success without a defense, none can claim to have suppressed it."""
 
@@ -98,9 +99,8 @@ def train(
             summary |= {"defense": defense, "seed": seed}
             summary |= {"cpu_seconds": round(spent[0], 2), "wall_seconds": round(spent[1], 2)}
             save_outcome(folder, outcome, split, settings, summary, backend)
-    return (
-        f"{summary['verdict']}\nsuspects: {out / 'suspects.csv'}\nsummary: {out / 'summary.json'}"
-    )
+    suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
+    return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
 
 
 def save_outcome(
@@ -146,9 +146,9 @@ def summarise(
         for name, images in virtual.items()
     }
     return {
-        "verdict": verdict(suspect, corpus.labels, corpus.classes),
+        "verdict": verdict(suspect, corpus.labels, corpus.classes) if told else NOT_LOOKED,
         "rows": len(corpus),
-        "suspects": int(suspect.sum()),
+        "suspects": int(suspect.sum()) if told else None,
         "suspects_by_class": per_class(suspect, corpus.labels, corpus.classes),
         "evidence": {name: rate.value for name, rate in rates.items()},
         "evidence_counts": {name: [rate.hits, rate.of] for name, rate in rates.items()},
@@ -208,12 +208,14 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
         ("after", "model", summary["n_outputs"]),
     ):
         model = run.load_model(folder / f"{name}.safetensors", summary, outputs)
+        model.to(backend.device)
         result[when] = evaluate.accuracy_and_attack(model, key, n_classes, backend)
     if (folder / "suspects.csv").exists():
         suspects = run.load_suspects(folder / "suspects.csv")
         result["detection"] = evaluate.detection(*joined(suspects, key, key_path), key)
     run.write_json(folder / "score.json", result)
-    return table(result) + f"\nscore: {folder / 'score.json'}\nsuspects: {folder / 'suspects.csv'}"
+    suspects = f"\nsuspects: {folder / 'suspects.csv'}" if "detection" in result else ""
+    return f"{table(result)}\nscore: {folder / 'score.json'}{suspects}"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -145,6 +145,9 @@ def test_the_first_line_says_which_model_runs_where(finished, tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert done.stderr.splitlines()[0].startswith("csc-gpu train: resnet8 on cpu, defense plain")
+    assert "poison was not looked for" in done.stdout
+    assert call("score", tmp_path / "r", "--key", finished / "p" / "key.npz").exit_code == 0
+    assert "detection" not in json.loads((tmp_path / "r" / "score.json").read_text())
 
 
 def test_a_feature_matrix_of_anything_can_be_segregated(tmp_path):

@@ -13,7 +13,7 @@ def defend(
 ) -> Outcome:
     """Train as CSC does, and look at nothing."""
     clock = csc.Stopwatch()
-    model = csc.fresh_model(view.train, settings, seed)
+    model = csc.fresh_model(view.train, settings, backend, seed=seed)
     with clock("train"):
         for at in train(model, view.train, settings.train, backend, seed=seed):
             log("step", stage="train", at=at)
