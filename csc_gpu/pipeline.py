@@ -214,8 +214,8 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
         suspects = run.load_suspects(folder / "suspects.csv")
         result["detection"] = evaluate.detection(*joined(suspects, key, key_path), key)
     run.write_json(folder / "score.json", result)
-    suspects = f"\nsuspects: {folder / 'suspects.csv'}" if "detection" in result else ""
-    return f"{table(result)}\nscore: {folder / 'score.json'}{suspects}"
+    where = f"\nsuspects: {folder / 'suspects.csv'}" if "detection" in result else ""
+    return f"{table(result)}\nscore: {folder / 'score.json'}{where}"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
