@@ -67,7 +67,7 @@ def run(
         {
             "data": name,
             "attack": attack,
-            "rate": rate or RATES[attack][1],
+            "rate": RATES[attack][1] if attack == "none" else rate or RATES[attack][1],
             "rate_of": RATES[attack][0],
             "target": TARGETS[seed],
             "seed": seed,
@@ -96,36 +96,15 @@ def run_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
     place = folder(cell, work)
     poisoned, done, key = place / "poisoned", place / "run", place / "poisoned" / "key.npz"
     start = time.perf_counter()
-    command(
-        "poison",
-        corpus,
-        poisoned,
-        "--attack",
-        cell["attack"],
-        cell["rate_of"],
-        cell["rate"],
-        "--target",
-        cell["target"],
-        "--seed",
-        cell["seed"],
-        "--force",
-    )
+    seed = ("--seed", cell["seed"], "--force")
+    attack = ("--attack", cell["attack"], cell["rate_of"], cell["rate"], "--target", cell["target"])
     flags = [flag for text in cell["set"] for flag in ("--set", text)]
     flags += ["--flip"] if cell["flip"] else []
-    cpu = command(
-        "train",
-        poisoned,
-        "--out",
-        done,
-        "--cpu",
-        "--threads",
-        1,
-        "--seed",
-        cell["seed"],
-        "--force",
-        *flags,
-    )
-    command("score", done, "--key", key)
+    cpu = {
+        "poison": command("poison", corpus, poisoned, *attack, *seed),
+        "train": command("train", poisoned, "--out", done, "--cpu", "--threads", 1, *seed, *flags),
+        "score": command("score", done, "--key", key),
+    }
     score = json.loads((done / "score.json").read_text())
     summary = json.loads((done / "summary.json").read_text())
     clean = folder({**cell, "attack": "none", "rate": RATES["none"][1]}, work) / "run"
@@ -138,7 +117,7 @@ def run_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
         "verdict": summary["verdict"],
         "segregation": summary["segregation"],
         "stage_seconds": summary["stage_seconds"],
-        "train_cpu_seconds": round(cpu, 1),
+        "cpu_seconds": round(sum(cpu.values()), 1),
         "wall_seconds": round(time.perf_counter() - start, 1),
         "model": summary["model"],
         "optimiser_steps": summary["optimiser_steps"],
@@ -150,6 +129,7 @@ def run_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
 def folder(cell: dict[str, Any], work: Path) -> Path:
     """Where a cell's corpus and run are kept."""
     changed = "".join("-" + "".join(c if c.isalnum() else "_" for c in s) for s in cell["set"])
+    changed += "-flip" if cell["flip"] else ""
     return work / f"{cell['data']}-{cell['attack']}-{cell['rate']}-{cell['seed']}{changed}"
 
 
@@ -197,7 +177,7 @@ def said(line: dict[str, Any]) -> str:
         f"asr {number(line['before']['asr'])} -> {number(line['after']['asr'])}",
         f"tpr {number(line['detection']['tpr'])}",
         f"fpr {number(line['detection']['fpr'], 4)}",
-        f"{line['train_cpu_seconds']:.0f} CPU-s",
+        f"{line['cpu_seconds']:.0f} CPU-s",
     ]
     return f"{line['data']} {line['attack']} seed {line['seed']}: " + ", ".join(figures)
 
@@ -217,8 +197,8 @@ def table(lines: Path) -> None:
         "clean net | accuracy before | accuracy after | CPU-s |"
     )
     click.echo("|---|---|---|---|---|---|---|---|---|---|---|")
-    for kind in dict.fromkeys((row["data"], row["attack"], row["rate"]) for row in rows):
-        cells = [row for row in rows if (row["data"], row["attack"], row["rate"]) == kind]
+    for kind in dict.fromkeys(map(kind_of, rows)):
+        cells = [row for row in rows if kind_of(row) == kind]
         columns = [
             spread([cell["detection"]["tpr"] for cell in cells]),
             spread([cell["detection"]["fpr"] for cell in cells], 4),
@@ -227,11 +207,32 @@ def table(lines: Path) -> None:
             spread([cell["asr_of_clean_net"] for cell in cells]),
             spread([cell["before"]["acc"] for cell in cells]),
             spread([cell["after"]["acc"] for cell in cells]),
-            spread([cell["train_cpu_seconds"] for cell in cells], 0),
+            spread([cell["cpu_seconds"] for cell in cells], 0),
         ]
-        name = f"{kind[1]} {kind[2]:g}{' of target' if 'target' in cells[0]['rate_of'] else ''}"
-        name = "none" if kind[1] == "none" else name
-        click.echo(f"| {kind[0]} | {name} | {len(cells)} | " + " | ".join(columns) + " |")
+        click.echo(f"| {kind[0]} | {named(cells[0])} | {len(cells)} | {' | '.join(columns)} |")
+    machines = {
+        f"{row['versions']['processor']}, one core of {row['versions']['cores']}, "
+        f"torch {row['versions']['torch']}, scikit-learn {row['versions']['scikit-learn']}, "
+        f"commit {row['commit']}"
+        for row in rows
+    }
+    click.echo(
+        "\nMedian over the seeds, and each seed's value. " + "; ".join(sorted(machines)) + "."
+    )
+
+
+def kind_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What the cells of one line of the table have in common: all but the seed and its target."""
+    alike = (row[key] for key in ("data", "attack", "rate", "rate_of", "flip", "commit"))
+    return (*alike, tuple(row["set"]))
+
+
+def named(row: dict[str, Any]) -> str:
+    """Attack, rate and settings of a line."""
+    if row["attack"] == "none":
+        return " ".join(["none", *row["set"]])
+    of = " of target" if "target" in row["rate_of"] else ""
+    return " ".join([f"{row['attack']} {row['rate']:g}{of}", *row["set"]])
 
 
 def spread(values: list[float | None], digits: int = 3) -> str:

@@ -68,7 +68,7 @@ class Settings:
     max_share: float = 0.2
     """No more than this share of all rows is flagged: the highest scores."""
     max_label_share: float = 0.75
-    """No more than this share of a label's rows is taken for certain."""
+    """No more than this share of a label's rows is flagged, nor taken for its core."""
     k_rows: int = 20_000
     """Rows asked for their k-distance, at most."""
     label_share: float = 0.1
@@ -338,7 +338,7 @@ def segregate(
             sightings[-1], labels, core, evidence, settings, backend, reclassify
         )
         notes |= told
-    suspect, notes["capped"] = capped(suspect, belief, settings.max_share)
+    suspect, notes["capped"] = capped(suspect, belief, labels, settings)
     score = np.where(suspect, 0.5 + 0.5 * belief, 0.49 * belief).astype(np.float32)
     reason = np.where(suspect, settings.rule, "")
     table = {**evidence.table, "reason": reason}
@@ -390,13 +390,27 @@ def voted_core(
     return core, freed
 
 
-def capped(suspect: Mask, belief: NDArray[np.float32], max_share: float) -> tuple[Mask, bool]:
-    """At most this share of the rows: those believed in most; a tie over the limit goes free."""
-    limit = int(max_share * len(suspect))
-    if suspect.sum() <= limit:
-        return suspect, False
-    first_out = np.sort(belief[suspect])[::-1][limit]
-    return suspect & (belief > first_out), True
+def capped(
+    suspect: Mask, belief: NDArray[np.float32], labels: NDArray[np.int64], settings: Settings
+) -> tuple[Mask, bool]:
+    """At most so many rows of each label and of all: those believed in most.
+
+    A tie over a limit goes free as a whole, so that no order of the rows decides.
+    """
+    kept = suspect
+    for label in np.unique(labels[suspect]):
+        kept = _at_most(settings.max_label_share, kept, labels == label, belief)
+    kept = _at_most(settings.max_share, kept, np.ones(len(labels), bool), belief)
+    return kept, bool((kept != suspect).any())
+
+
+def _at_most(share: float, suspect: Mask, among: Mask, belief: NDArray[np.float32]) -> Mask:
+    limit, ours = int(share * among.sum()), suspect & among
+    if ours.sum() <= limit:
+        return suspect
+    first_out = np.sort(belief[ours])[::-1][limit]
+    free: Mask = ours & (belief <= first_out)
+    return suspect & ~free
 
 
 def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
@@ -513,13 +527,13 @@ def judge(
 
     sure = core & ours
     groups = (sure, left_out & ours & ~core, ours & ~left_out & ~check.controls)
-    poison = np.zeros(len(labels), bool)
-    for group in groups if wrong <= UNSURE else (sure,):
-        share = poison_share(group)
-        if share > 0 and share >= TRUSTED * float(differs[group].mean()):
-            poison |= group & differs
-    if wrong > UNSURE and poison_share(sure) >= TRUSTED:
-        poison |= sure  # the model cannot tell single rows, but the core is poison as a whole
+    poison = sure.copy()
+    if wrong <= UNSURE:  # else single rows cannot be told: the core stands or falls as a whole
+        poison = np.zeros(len(labels), bool)
+        for group in groups:
+            share = poison_share(group)
+            if share > 0 and share >= TRUSTED * float(differs[group].mean()):
+                poison |= group & differs
     told = {
         "label": label,
         "wrong_on_controls": round(wrong, 4),

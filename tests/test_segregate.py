@@ -184,10 +184,22 @@ def test_scores_are_fractions_and_suspects_score_half_or_more():
 def test_the_cap_keeps_the_highest_scores_and_frees_ties():
     suspect = np.array([True, True, True, True, False])
     belief = np.array([0.9, 0.5, 0.5, 0.8, 1.0], np.float32)
-    kept, over = capped(suspect, belief, max_share=0.6)
+    labels = np.arange(5)
+    kept, over = capped(suspect, belief, labels, Settings(max_share=0.6, max_label_share=1.0))
     assert over
     assert kept.tolist() == [True, False, False, True, False]
-    assert capped(suspect, belief, max_share=0.8) == (pytest.approx(suspect), False)
+    kept, over = capped(suspect, belief, labels, Settings(max_share=0.8, max_label_share=1.0))
+    assert not over
+    assert kept.tolist() == suspect.tolist()
+
+
+def test_the_cap_holds_for_each_label():
+    suspect = np.array([True, True, True, True, False, False])
+    belief = np.array([0.9, 0.5, 0.8, 0.7, 0, 0], np.float32)
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    kept, over = capped(suspect, belief, labels, Settings(max_share=1.0, max_label_share=0.5))
+    assert over
+    assert kept.tolist() == [True, False, True, False, False, False]
 
 
 def test_a_label_is_never_taken_whole():
@@ -274,6 +286,16 @@ def test_a_model_wrong_on_every_third_control_keeps_a_core_whole_and_adds_nothin
     differs = (row < 98) | rest | (controls & (row % 3 == 0))
     verdict = judge(0, labels, core, core | rest, check_of(labels, differs, controls), Settings())
     np.testing.assert_array_equal(verdict.poison, core)
+
+
+def test_an_unsure_model_that_mostly_confirms_a_core_keeps_it_whole():
+    labels = np.zeros(400, np.int64)
+    row = np.arange(400)
+    differs = (row < 96) | ((row >= 300) & (row % 6 != 0))  # wrong on five of six controls
+    check = check_of(labels, differs, row >= 300)
+    verdict = judge(0, labels, row < 100, row < 100, check, Settings())
+    assert not verdict.is_clear
+    np.testing.assert_array_equal(verdict.poison, row < 100)
 
 
 def test_a_core_that_keeps_its_label_is_clear():

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -135,6 +136,7 @@ def describe() -> dict[str, str]:
     found = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
         "cores": str(usable_cores()),
         "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
     }
@@ -144,6 +146,14 @@ def describe() -> dict[str, str]:
     found["cupy"] = next((v for v in map(version, _CUPY) if v), "not installed")
     found["cuml"] = next((v for v in map(version, _CUML) if v), "not installed")
     return found
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
 
 
 _OPTIONAL = ("pillow", "safetensors")
