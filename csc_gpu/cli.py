@@ -37,6 +37,8 @@ class Commands(click.Group):
         except CscError as fault:
             kind = Stopped if isinstance(fault, Interrupted) else Failure
             raise kind(" ".join(str(fault).split())) from fault
+        except KeyboardInterrupt:
+            raise Stopped("interrupted; nothing had been written") from None
 
 
 COUNT = click.IntRange(0, 2**31 - 1)

@@ -8,6 +8,7 @@ so its features are computed once and the loop needs neither loader nor backbone
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,9 @@ class Settings:
     """Of SGD."""
 
     def __post_init__(self) -> None:
-        require(self, "conceal", "above 0", lambda value: value > 0, "epochs", "batch", "lr")
+        require(
+            self, "conceal", "above 0", lambda value: 0 < value < math.inf, "epochs", "batch", "lr"
+        )
         require(self, "conceal", "in [0, 1)", lambda share: 0 <= share < 1, "momentum")
 
 

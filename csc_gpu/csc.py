@@ -8,6 +8,7 @@ there and not to the attacker's class.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 from csc_gpu import conceal, data, segregate, train
 from csc_gpu.backend import Backend
 from csc_gpu.config import require
+from csc_gpu.errors import ConfigError, TrainingDiverged
 from csc_gpu.features import features, predict
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import (
@@ -46,7 +48,7 @@ class Watch:
     """Keep the features of all snapshots, for features.npz (the option --save-features)."""
 
     def __post_init__(self) -> None:
-        require(self, "watch", "above 0", lambda value: value > 0, "epochs", "every")
+        require(self, "watch", "above 0", lambda value: 0 < value < math.inf, "epochs", "every")
 
     def steps(self, budget: train.Budget) -> set[int]:
         """The optimiser steps after which a snapshot is taken."""
@@ -74,6 +76,11 @@ def defend(
     model = fresh_model(corpus, settings, backend, seed=seed)
     plan = train.budget(len(corpus), settings.train)
     watched = settings.watch.steps(plan)
+    if not watched:
+        raise ConfigError(
+            f"no snapshot falls into the first {settings.watch.epochs} epochs at one every "
+            f"{settings.watch.every}; lower watch.every or raise watch.epochs"
+        )
     sightings: list[Sighting] = []
     kept: list[Array] = []
     clock = Stopwatch()
@@ -84,6 +91,7 @@ def defend(
             if at.step in watched:
                 with clock("features"):
                     points = features(model, corpus, backend)  # (N, D)
+                    check_finite(points, at, settings, backend)
                 with clock("cluster"):
                     sightings.append(
                         segregate.observe(
@@ -111,6 +119,15 @@ def defend(
         else {}
     )
     return Outcome(concealed, model, corpus.n_classes, verdict, snapshots, clock.seconds)
+
+
+def check_finite(points: Array, at: train.Moment, settings: Settings, backend: Backend) -> None:
+    """Raises TrainingDiverged if a feature is NaN or infinite."""
+    if not bool(backend.xp.isfinite(points).all()):
+        raise TrainingDiverged(
+            f"training diverged by epoch {at.epoch:.2f}: features are not finite; "
+            f"lower train.lr, now {settings.train.lr}"
+        )
 
 
 def fresh_model(corpus: Corpus, settings: Settings, backend: Backend, *, seed: int) -> Net:

@@ -21,5 +21,9 @@ class OutputError(CscError):
     """A result cannot be written where it was asked for, or would overwrite another."""
 
 
+class TrainingDiverged(CscError):
+    """The model's features are not finite any more."""
+
+
 class Interrupted(CscError):
     """The user stopped the work: the message says what was kept."""

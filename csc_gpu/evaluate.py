@@ -71,7 +71,7 @@ def accuracy_and_attack(model: Net, key: AnswerKey, n_classes: int, backend: Bac
         "asr_masked": share(masked == wanted, others),
         "ra_masked": share(masked == true, others),
     }
-    return _as_score(found)
+    return {**_as_score(found), "argmax_over": model.n_outputs}
 
 
 def detection(suspect: Mask, score: NDArray[np.floating[Any]], key: AnswerKey) -> Score:
@@ -97,7 +97,9 @@ def detection(suspect: Mask, score: NDArray[np.floating[Any]], key: AnswerKey) -
         "auroc": float(roc_auc_score(poison, score)) if both else None,
         "ap": float(average_precision_score(poison, score)) if both else None,
     }
-    return {**_as_score(found), **ranked}
+    counted = np.bincount(key.orig_labels[suspect & ~poison])
+    by_class = {int(label): int(counted[label]) for label in np.flatnonzero(counted)}
+    return {**_as_score(found), **ranked, "false_flags_by_class": by_class}
 
 
 @torch.inference_mode()

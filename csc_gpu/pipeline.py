@@ -18,11 +18,14 @@ from csc_gpu.backend import Backend, describe, open_backend
 from csc_gpu.config import override, to_toml
 from csc_gpu.defenses import DEFENSES
 from csc_gpu.errors import ConfigError, CorpusError
+from csc_gpu.models import new_model
 from csc_gpu.progress import Console
 from csc_gpu.train import budget
-from csc_gpu.types import DefenderView, Mask, Outcome, Segregation, Split
+from csc_gpu.types import Corpus, DefenderView, Mask, Outcome, Segregation, Split
 
 Labels = NDArray[np.int64]
+BYTES_PER_LINE = 150
+"""Of suspects.csv, about."""
 NO_POISON = "no poison found"
 NOT_LOOKED = "poison was not looked for"
 EFFECTIVE = 0.5
@@ -43,11 +46,12 @@ def poison(
     force: bool,
 ) -> str:
     """Poison a source and write it with its key; what was done, in a few lines."""
-    run.check_free(out, marker="recipe.json", force=force)
+    run.check_free(out, run.POISONED, force=force)
+    run.check_apart(source, out)
     with Console() as log:
         split = sources.load(source, data.Settings(size=size), skip_broken=skip_broken, log=log)
         poisoned, key = attacks.poison(split, plan, settings)
-        with run.fresh_directory(out, marker="recipe.json", force=force) as folder:
+        with run.fresh_directory(out, run.POISONED, force=force) as folder:
             answers.save_poisoned(folder, poisoned, key, log)
     counts = key.recipe["counts"]
     return (
@@ -78,7 +82,8 @@ def train(
     settings: csc.Settings = override(entry.settings(), dict(changes))
     if not settings.train.model:
         settings = override(settings, {"train.model": backend.usual_model})
-    with run.fresh_directory(out, marker="settings.toml", force=force) as folder:
+    run.check_apart(source, out)
+    with run.fresh_directory(out, run.RUN, force=force) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
         with Console(folder / "log.jsonl") as log:
             log.say(
@@ -92,6 +97,7 @@ def train(
                 f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
                 f"held out; {plan.epochs} epochs are {plan.steps} optimiser steps"
             )
+            run.check_room(folder, needed_bytes(split.train, settings))
             start = time.process_time(), time.perf_counter()
             outcome = entry.run(DefenderView(split.train), settings, backend, seed=seed, log=log)
             spent = time.process_time() - start[0], time.perf_counter() - start[1]
@@ -101,6 +107,15 @@ def train(
             save_outcome(folder, outcome, split, settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
+
+
+def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
+    """About what a run will write: two models, a line a row, and the features if they are kept."""
+    model = new_model(settings.train.model, corpus.n_classes, corpus.images.shape[1], seed=0)
+    weights: int = sum(weight.numel() for weight in model.state_dict().values())
+    watched = len(settings.watch.steps(budget(len(corpus), settings.train)))
+    kept = watched * model.n_features * len(corpus) if settings.watch.keep else 0
+    return 4 * (2 * weights + kept) + BYTES_PER_LINE * len(corpus)
 
 
 def save_outcome(
@@ -202,7 +217,7 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
         )
     backend = open_backend("cpu" if cpu else summary["backend"])
     n_classes = summary["n_classes"]
-    result: dict[str, Any] = {"key": str(key_path), "recipe": dict(key.recipe)}
+    result: dict[str, Any] = {"key": str(key_path), "recipe": dict(key.recipe), "detection": None}
     for when, name, outputs in (
         ("before", "undefended", n_classes),
         ("after", "model", summary["n_outputs"]),
@@ -212,19 +227,29 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
         result[when] = evaluate.accuracy_and_attack(model, key, n_classes, backend)
     if (folder / "suspects.csv").exists():
         suspects = run.load_suspects(folder / "suspects.csv")
-        result["detection"] = evaluate.detection(*joined(suspects, key, key_path), key)
-    run.write_json(folder / "score.json", result)
-    where = f"\nsuspects: {folder / 'suspects.csv'}" if "detection" in result else ""
+        found = evaluate.detection(*joined(suspects, key, key_path), key)
+        result["detection"] = {**found, "rows_not_seen": len(key.paths) - len(suspects.paths)}
+    with run.writing(folder / "score.json"):
+        run.write_json(folder / "score.json", result)
+    where = f"\nsuspects: {folder / 'suspects.csv'}" if result["detection"] else ""
     return f"{table(result)}\nscore: {folder / 'score.json'}{where}"
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """A finished run's summary.json; raises CorpusError if there is none."""
     try:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+        summary: dict[str, Any] = dict(json.loads((folder / "summary.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as fault:
         raise CorpusError(f"{folder} is no finished run: cannot read summary.json") from fault
+    missing = [name for name in NEEDED if name not in summary]
+    if missing:
+        raise CorpusError(
+            f"{folder} is no run of csc-gpu train: summary.json lacks {', '.join(missing)}"
+        )
     return summary
+
+
+NEEDED = ("model", "n_classes", "n_outputs", "image_size", "backend")
 
 
 def joined(
@@ -258,7 +283,7 @@ def table(result: Mapping[str, Any]) -> str:
     lines = [
         f"{part:10s} " + "  ".join(cell(name, result[part][name]) for name in names)
         for part, names in shown.items()
-        if part in result
+        if result[part]
     ]
     asr = result["before"]["asr"]
     if asr is not None and asr < EFFECTIVE:
@@ -280,7 +305,8 @@ def segregate(
         csc.Settings(),
         {f"segregate.{k}": v for k, v in (found.settings or {}).items()} | dict(changes),
     )
-    with run.fresh_directory(out, marker="settings.toml", force=force) as folder:
+    run.check_apart(str(features), out)
+    with run.fresh_directory(out, run.VERDICT, force=force) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
         with Console(folder / "log.jsonl") as log:
             told = watch(found, settings.segregate, backend, log)

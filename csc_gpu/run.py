@@ -30,11 +30,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from csc_gpu import segregate
 from csc_gpu.data.arrays import load_arrays
-from csc_gpu.errors import CorpusError, Interrupted, OutputError
+from csc_gpu.errors import CorpusError, CscError, Interrupted, OutputError
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import Array, Corpus, Mask, Reclassified, Reclassify, Segregation
 
@@ -68,71 +68,122 @@ CLUSTER_COLUMNS = (
 # --- a directory that appears as one piece ------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Kind:
+    """A sort of result: the command that makes it, and all that its directory may hold."""
+
+    command: str
+    names: frozenset[str]
+
+
+OURS = ".csc-gpu"
+"""A file in every directory of ours: the command that made it."""
+VERDICT = Kind(
+    "segregate",
+    frozenset({"suspects.csv", "clusters.csv", "settings.toml", "summary.json", "log.jsonl"}),
+)
+MODELS = frozenset({"model.safetensors", "undefended.safetensors"})
+RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json"})
+POISONED = Kind("poison", frozenset({"train", "test", "classes.txt", "key.npz", "recipe.json"}))
+
+
 @contextmanager
-def fresh_directory(out: Path, *, marker: str, force: bool) -> Iterator[Path]:
+def fresh_directory(out: Path, kind: Kind, *, force: bool) -> Iterator[Path]:
     """A directory to write in, which becomes `out` if the block ends well.
 
-    With force an `out` that holds `marker` is replaced; one that does not is not ours and stays.
-    Raises OutputError if it cannot be written, Interrupted on Ctrl-C.
+    With force an earlier result of the same kind is replaced; anything else stays. Raises
+    OutputError if it cannot be written, Interrupted on Ctrl-C.
     """
-    check_free(out, marker=marker, force=force)
+    check_free(out, kind, force=force)
     out = out.resolve()
     partial = out.with_name(out.name + ".partial")
+    with writing(out):
+        try:
+            _begin(partial, kind)
+            yield partial
+            if out.exists():
+                shutil.rmtree(out)
+            os.replace(partial, out)
+        except KeyboardInterrupt:
+            kept = _kept(partial)
+            _remove_if_empty(partial)
+            raise Interrupted(f"interrupted; {kept}") from None
+        except CscError:
+            _remove(partial)  # refused input: nothing there is worth keeping
+            raise
+        except BaseException:
+            _remove_if_empty(partial)
+            raise
+
+
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Raises OutputError for a fault in writing there; other faults pass."""
     try:
-        _begin(partial)
-        yield partial
-        (partial / OURS).unlink()
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(partial, out)
-    except KeyboardInterrupt:
-        kept = _kept(partial)
-        _remove_if_empty(partial)
-        raise Interrupted(f"interrupted; {kept}") from None
+        yield
     except OSError as fault:
-        _remove_if_empty(partial)
-        if not _is_about(fault, partial):
+        if not _is_about(fault, out.resolve().parent):
             raise
         raise OutputError(
             f"cannot write {out}: {fault.strerror or fault}; choose another place or make room"
         ) from fault
-    except BaseException:
-        _remove_if_empty(partial)
-        raise
 
 
-OURS = ".csc-gpu"
-"""A file that says that a partial directory is ours to remove."""
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
-def check_free(out: Path, *, marker: str, force: bool) -> None:
+def _is_about(fault: OSError, place: Path) -> bool:
+    """Whether the fault lies in writing here, not in something that was read."""
+    return fault.errno in NO_ROOM or str(fault.filename or "").startswith(str(place))
+
+
+def check_free(out: Path, kind: Kind, *, force: bool) -> None:
     """Raises OutputError if `out` holds something that must not be overwritten."""
     if not out.exists() and not out.is_symlink():
         return
     if not out.is_dir():
         raise OutputError(f"{out} exists and is no directory; choose another place")
-    if not any(out.iterdir()):
+    held = {path.name for path in out.iterdir()}
+    if not held:
         return
-    if not (out / marker).exists():
-        raise OutputError(f"{out} holds other files (no {marker} there); choose another place")
+    strange = sorted(held - kind.names - {OURS})
+    if strange or not _is_ours(out, kind):
+        some = ", ".join(strange[:3]) or f"another result than csc-gpu {kind.command}'s"
+        raise OutputError(f"{out} holds other files ({some}); choose another place")
     if not force:
         raise OutputError(f"{out} exists already; choose another place, or pass --force")
 
 
-def _begin(partial: Path) -> None:
+def check_apart(source: str, out: Path) -> None:
+    """Raises OutputError if writing `out` would replace what is read."""
+    place = Path(source).resolve()
+    if Path(source).exists() and place.is_relative_to(out.resolve()):
+        raise OutputError(f"{out} holds the source {source}; choose another place")
+
+
+def check_room(place: Path, n_bytes: int) -> None:
+    """Raises OutputError if so much will not fit on the disk of this directory."""
+    free = shutil.disk_usage(place).free
+    if n_bytes > free:
+        raise OutputError(
+            f"cannot write {place}: about {n_bytes} bytes are needed, {free} are free; "
+            "choose another place or make room"
+        )
+
+
+def _is_ours(folder: Path, kind: Kind) -> bool:
+    mark = folder / OURS
+    return mark.is_file() and mark.read_text(encoding="utf-8").strip() == kind.command
+
+
+def _begin(partial: Path, kind: Kind) -> None:
     """Make the partial directory anew; what an interrupted run of ours left there goes."""
     if partial.exists():
         if not (partial / OURS).exists():
             raise OutputError(f"{partial} is in the way and is not ours; move it")
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    (partial / OURS).write_text("work in progress of csc-gpu; may be removed\n")
-
-
-def _is_about(fault: OSError, partial: Path) -> bool:
-    """Whether the fault lies in writing here, not in something that was read."""
-    return fault.errno in NO_ROOM or str(fault.filename or "").startswith(str(partial.parent))
+    (partial / OURS).write_text(kind.command + "\n", encoding="utf-8")
 
 
 def _kept(partial: Path) -> str:
@@ -147,7 +198,12 @@ def _contents(partial: Path) -> list[str]:
 
 
 def _remove_if_empty(partial: Path) -> None:
-    if partial.is_dir() and (partial / OURS).exists() and not _contents(partial):
+    if not _contents(partial):
+        _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    if (partial / OURS).exists():
         shutil.rmtree(partial)
 
 
@@ -284,7 +340,7 @@ def save_model(path: Path, model: Net, name: str, corpus: Corpus) -> None:
     }
     partial = path.with_name(path.name + ".partial")
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(weights, partial, metadata=about)
+    partial.write_bytes(save(weights, metadata=about))  # so that a full disk is an OSError
     os.replace(partial, path)
 
 
@@ -357,7 +413,8 @@ def load_snapshots(path: Path) -> Snapshots:
     points = arrays["features"]
     if points.ndim == 2:
         points = points[None]
-    if points.ndim != 3 or not np.issubdtype(points.dtype, np.number) or 0 in points.shape:
+    real = np.issubdtype(points.dtype, np.floating) or np.issubdtype(points.dtype, np.integer)
+    if points.ndim != 3 or not real or 0 in points.shape:
         raise CorpusError(
             f"{path}: features must be numbers of shape (N, D) or (S, N, D), "
             f"got {points.dtype} {arrays['features'].shape}"
@@ -367,7 +424,8 @@ def load_snapshots(path: Path) -> Snapshots:
         raise CorpusError(
             f"{path}: {n} rows of features, but labels of shape {arrays['labels'].shape}"
         )
-    points = points.astype(np.float32)
+    with np.errstate(over="ignore"):  # becomes infinite, which is refused below
+        points = points.astype(np.float32)
     finite = np.isfinite(points).all(axis=(0, 2))
     if not finite.all():
         raise CorpusError(
@@ -385,8 +443,11 @@ def load_snapshots(path: Path) -> Snapshots:
     ):
         if array.shape != (length,):
             raise CorpusError(f"{path}: {name} has shape {array.shape}, expected ({length},)")
-        if name != "paths" and not np.issubdtype(array.dtype, np.number):
-            raise CorpusError(f"{path}: {name} must be numbers, got {array.dtype}")
+        kind = {"rows": np.integer, "epoch": np.number}.get(name, np.generic)
+        if not np.issubdtype(array.dtype, kind):
+            raise CorpusError(
+                f"{path}: {name} must be numbers (rows whole ones), got {array.dtype}"
+            )
     names_of_rows = Names(
         rows.astype(np.int64), tuple(map(str, paths)), tuple(classes[label] for label in labels)
     )
@@ -418,12 +479,14 @@ def _classes(
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """Labels as 0..C-1, and the C names: those stored, or the sorted values of the labels."""
     given = arrays["labels"]
+    if np.issubdtype(given.dtype, np.inexact) and not np.isfinite(given).all():
+        raise CorpusError(f"{path}: labels hold NaN or infinity")
     values, labels = np.unique(given, return_inverse=True)
     if len(values) < 2:
         raise CorpusError(f"{path}: only one class among the labels; segregation needs two")
     if "classes" not in arrays:
         return labels.astype(np.int64), tuple(map(str, values))
-    classes = arrays["classes"]
+    classes = np.atleast_1d(arrays["classes"])
     if not np.issubdtype(given.dtype, np.integer) or values[0] < 0 or values[-1] >= len(classes):
         raise CorpusError(f"{path}: labels must be whole numbers 0..{len(classes) - 1}, as classes")
     return given.astype(np.int64), tuple(map(str, classes))

@@ -50,9 +50,9 @@ class Settings:
         models = ("", *MODELS)
         require(self, "train", f"one of {', '.join(MODELS)}", models.__contains__, "model")
         require(self, "train", "4 or more", lambda rows: rows >= 4, "batch")
-        require(self, "train", "above 0", lambda value: value > 0, "lr")
+        require(self, "train", "above 0", lambda value: 0 < value < math.inf, "lr")
         positive = ("epochs", "min_steps", "weight_decay", "warmup")
-        require(self, "train", "0 or more", lambda value: value >= 0, *positive)
+        require(self, "train", "0 or more", lambda value: 0 <= value < math.inf, *positive)
         require(self, "train", "in [0, 1)", lambda share: 0 <= share < 1, "momentum")
         require(self, "train", "in [0, .5)", lambda share: 0 <= share < 0.5, "shift")
 

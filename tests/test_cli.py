@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,8 +128,6 @@ def test_the_same_seed_gives_the_same_verdict(finished, tmp_path):
 
 
 def test_train_does_not_open_the_answer_key(finished, tmp_path):
-    import shutil
-
     bare = tmp_path / "bare"
     shutil.copytree(finished / "p", bare)
     (bare / "key.npz").write_bytes(b"not a key")
@@ -147,7 +147,7 @@ def test_the_first_line_says_which_model_runs_where(finished, tmp_path):
     assert done.stderr.splitlines()[0].startswith("csc-gpu train: resnet8 on cpu, defense plain")
     assert "poison was not looked for" in done.stdout
     assert call("score", tmp_path / "r", "--key", finished / "p" / "key.npz").exit_code == 0
-    assert "detection" not in json.loads((tmp_path / "r" / "score.json").read_text())
+    assert json.loads((tmp_path / "r" / "score.json").read_text())["detection"] is None
 
 
 def test_a_feature_matrix_of_anything_can_be_segregated(tmp_path):
@@ -172,6 +172,23 @@ def test_every_attack_takes_the_same_options(tmp_path, attack):
     assert done.exit_code == 0, done.output
     with np.load(tmp_path / "p" / "key.npz", allow_pickle=False) as key:
         assert int(key["is_poison"].sum()) == {"blend": 72, "sig": 73, "none": 0}[attack]
+
+
+def test_the_control_takes_the_options_of_any_attack(tmp_path):
+    options = ("--rate", 0.3, "--option", "delta=40", "--trigger", "foo.png")
+    done = call("poison", "digits", tmp_path / "p", "--attack", "none", *options)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_file_changed_behind_its_size_and_date_is_checked_again(finished, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(finished / "p", folder)
+    assert train_on(folder, tmp_path, *QUICK).exit_code == 0
+    file = next((folder / "train" / "3").iterdir())
+    held = file.stat()
+    file.write_bytes(b"x" * held.st_size)
+    os.utime(file, ns=(held.st_atime_ns, held.st_mtime_ns))
+    refused(train_on(folder, tmp_path, "--force", *QUICK), file.name)
 
 
 def test_a_broken_image_can_be_skipped_and_is_listed(tmp_path):
@@ -284,6 +301,67 @@ def test_a_directory_with_other_files_is_never_replaced(tmp_path):
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
+def test_force_replaces_only_a_result_of_the_same_command(finished, tmp_path):
+    thesis = tmp_path / "proj"
+    thesis.mkdir()
+    (thesis / "settings.toml").write_text("x = 1")
+    refused(call("train", "digits", "--out", thesis, "--cpu", "--force"), "other files")
+    assert (thesis / "settings.toml").read_text() == "x = 1"
+    features, onto = finished / "run" / "features.npz", ("--out", finished / "run", "--force")
+    refused(call("segregate", features, *onto, "--cpu"), "holds the source")
+    shutil.copy(features, tmp_path)
+    refused(call("segregate", tmp_path / "features.npz", *onto, "--cpu"), "other files")
+    assert features.exists()
+    poison = ("--attack", "none", "--rate", 0.1, "--force")
+    refused(call("poison", finished / "p", finished / "p", *poison), "holds the source")
+    assert (finished / "p" / "key.npz").exists()
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_up_is_told_and_an_older_run_stays(finished, tmp_path, monkeypatch):
+    before = (finished / "run" / "suspects.csv").read_text()
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    again = call("train", finished / "p", "--out", finished / "run", "--cpu", "--force", *QUICK)
+    refused(again, "cannot write", "No space left", "make room")
+    assert (finished / "run" / "suspects.csv").read_text() == before
+
+
+def test_a_disk_that_is_too_small_is_told_before_training(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda place: shutil._ntuple_diskusage(9, 8, 1))
+    monkeypatch.setattr("csc_gpu.csc.defend", full_disk)
+    refused(train_on(finished / "p", tmp_path), "bytes are needed", "1 are free")
+
+
+def test_a_score_that_cannot_be_written_is_told(finished, monkeypatch):
+    monkeypatch.setattr("csc_gpu.run.write_json", full_disk)
+    refused(call("score", finished / "run", "--key", finished / "p" / "key.npz"), "cannot write")
+
+
+def test_training_that_diverges_is_told(finished, tmp_path):
+    wild = ("--set", "train.lr=1000000")
+    refused(train_on(finished / "p", tmp_path, *QUICK, *wild), "diverged", "train.lr")
+    refused(train_on(finished / "p", tmp_path, "--set", "train.lr=inf"), "train.lr")
+
+
+def test_watching_nothing_is_told_before_training(finished, tmp_path):
+    refused(train_on(finished / "p", tmp_path, "--set", "watch.every=20"), "watch.every")
+
+
+def test_images_of_one_pixel_are_refused(tmp_path):
+    x, y = np.zeros((10, 1, 1), np.uint8), np.arange(10) % 2
+    np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    refused(train_on(tmp_path / "a.npz", tmp_path), "too small", "data.size")
+
+
+def test_the_score_of_a_verdict_on_features_is_refused(finished, tmp_path):
+    features = finished / "run" / "features.npz"
+    assert call("segregate", features, "--out", tmp_path / "v", "--cpu").exit_code == 0
+    refused(call("score", tmp_path / "v", "--key", finished / "p" / "key.npz"), "no run")
+
+
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     refused(call("train", "digits", "--out", tmp_path / "file" / "run", "--cpu"), "cannot write")
@@ -318,6 +396,16 @@ def test_interrupting_says_what_was_kept(tmp_path):
     assert "interrupted" in told.splitlines()[-1]
     assert "settings.toml" in told.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_interrupting_before_anything_was_written_is_told_too(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("csc_gpu.sources.load", stopped)
+    done = call("poison", "digits", tmp_path / "p", "--attack", "none", "--rate", 0.1)
+    assert done.exit_code == 130
+    assert "nothing had been written" in done.stderr
 
 
 def test_help_and_wrong_usage_load_neither_torch_nor_numpy():

@@ -19,6 +19,7 @@ from csc_gpu.models import new_model
 from csc_gpu.run import (
     COLUMNS,
     OURS,
+    Kind,
     Names,
     fresh_directory,
     load_model,
@@ -35,7 +36,7 @@ from csc_gpu.run import (
 )
 from csc_gpu.types import Corpus, Reclassified, Segregation
 
-MARKER = "settings.toml"
+KIND = Kind("train", frozenset({"old.txt", "a", "new", "a.csv", "b.json"}))
 
 
 def corpus(n: int = 6, classes: tuple[str, ...] = ("cat", "dog", "emu")) -> Corpus:
@@ -59,7 +60,7 @@ def verdict(n: int = 6) -> Segregation:
 def old_run(out: Path) -> Path:
     """An older run that is complete."""
     out.mkdir()
-    (out / MARKER).write_text("old", encoding="utf-8")
+    (out / OURS).write_text("train\n", encoding="utf-8")
     (out / "old.txt").write_text("old", encoding="utf-8")
     return out
 
@@ -71,13 +72,13 @@ def contents(folder: Path) -> dict[str, str]:
 
 def stopped(out: Path, *files: str, by: BaseException, force: bool = False) -> None:
     """Work that writes these files and is then stopped."""
-    with fresh_directory(out, marker=MARKER, force=force) as folder:
+    with fresh_directory(out, KIND, force=force) as folder:
         for name in files:
             (folder / name).touch()
         raise by
 
 
-OLD = {MARKER: "old", "old.txt": "old"}
+OLD = {"old.txt": "old"}
 
 
 # -------------------------------------------------------------------------------- fresh_directory
@@ -85,7 +86,7 @@ OLD = {MARKER: "old", "old.txt": "old"}
 
 def test_the_directory_appears_as_a_whole_when_the_block_ends(tmp_path: Path):
     out = tmp_path / "deep" / "run"
-    with fresh_directory(out, marker=MARKER, force=False) as folder:
+    with fresh_directory(out, KIND, force=False) as folder:
         (folder / "a").write_text("1", encoding="utf-8")
         assert not out.exists()
     assert contents(out) == {"a": "1"}
@@ -95,14 +96,14 @@ def test_the_directory_appears_as_a_whole_when_the_block_ends(tmp_path: Path):
 def test_an_empty_directory_is_as_good_as_none(tmp_path: Path):
     out = tmp_path / "run"
     out.mkdir()
-    with fresh_directory(out, marker=MARKER, force=False) as folder:
+    with fresh_directory(out, KIND, force=False) as folder:
         (folder / "a").touch()
     assert contents(out) == {"a": ""}
 
 
 def test_an_older_run_stays_whole_until_the_block_ends(tmp_path: Path):
     out = old_run(tmp_path / "run")
-    with fresh_directory(out, marker=MARKER, force=True) as folder:
+    with fresh_directory(out, KIND, force=True) as folder:
         (folder / "new").touch()
         assert contents(out) == OLD
     assert contents(out) == {"new": ""}
@@ -114,7 +115,8 @@ def test_an_older_run_stays_when_the_block_fails(tmp_path: Path, fault: Exceptio
     with pytest.raises((type(fault), OutputError)):
         stopped(out, "new", by=fault, force=True)
     assert contents(out) == OLD
-    assert contents(tmp_path / "run.partial") == {"new": ""}
+    refused_input = isinstance(fault, CorpusError)  # leaves nothing worth keeping
+    assert (tmp_path / "run.partial").exists() != refused_input
 
 
 def test_an_older_run_stays_on_ctrl_c(tmp_path: Path):
@@ -134,7 +136,7 @@ def test_what_an_interrupted_run_left_is_replaced_by_the_next(tmp_path: Path):
     with pytest.raises(Interrupted):
         stopped(tmp_path / "run", "left", by=KeyboardInterrupt())
     assert (tmp_path / "run.partial" / "left").exists()
-    with fresh_directory(tmp_path / "run", marker=MARKER, force=False) as folder:
+    with fresh_directory(tmp_path / "run", KIND, force=False) as folder:
         (folder / "a").touch()
     assert contents(tmp_path / "run") == {"a": ""}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -145,7 +147,7 @@ def test_a_partial_directory_of_someone_else_is_not_touched(tmp_path: Path):
     (tmp_path / "run.partial" / "thesis").touch()
     with (
         pytest.raises(OutputError, match="not ours"),
-        fresh_directory(tmp_path / "run", marker=MARKER, force=True),
+        fresh_directory(tmp_path / "run", KIND, force=True),
     ):
         pytest.fail("the block must not begin")
     assert (tmp_path / "run.partial" / "thesis").exists()
@@ -163,8 +165,8 @@ def test_a_directory_of_someone_else_is_not_touched(tmp_path: Path, force: bool)
     out.mkdir()
     (out / "thesis.txt").write_text("dear", encoding="utf-8")
     with (
-        pytest.raises(OutputError, match=r"home holds other files \(no settings\.toml there\)"),
-        fresh_directory(out, marker=MARKER, force=force),
+        pytest.raises(OutputError, match="home holds other files"),
+        fresh_directory(out, KIND, force=force),
     ):
         pytest.fail("the block must not begin")
     assert contents(out) == {"thesis.txt": "dear"}
@@ -176,7 +178,7 @@ def test_a_file_is_not_overwritten_by_a_directory(tmp_path: Path, force: bool):
     (tmp_path / "run").write_text("dear", encoding="utf-8")
     with (
         pytest.raises(OutputError, match="run exists and is no directory"),
-        fresh_directory(tmp_path / "run", marker=MARKER, force=force),
+        fresh_directory(tmp_path / "run", KIND, force=force),
     ):
         pytest.fail("the block must not begin")
     assert (tmp_path / "run").read_text(encoding="utf-8") == "dear"
@@ -186,7 +188,7 @@ def test_an_older_run_is_replaced_only_with_force(tmp_path: Path):
     out = old_run(tmp_path / "run")
     with (
         pytest.raises(OutputError, match="run exists already; choose another place, or pass --f"),
-        fresh_directory(out, marker=MARKER, force=False),
+        fresh_directory(out, KIND, force=False),
     ):
         pytest.fail("the block must not begin")
     assert contents(out) == OLD
@@ -196,11 +198,11 @@ def test_an_older_run_is_replaced_only_with_force(tmp_path: Path):
 def test_a_link_to_a_directory_is_followed_or_refused_before_the_work(tmp_path: Path, full: bool):
     (tmp_path / "disk").mkdir()
     if full:
-        (tmp_path / "disk" / MARKER).touch()
+        (tmp_path / "disk" / OURS).write_text("train")
     (tmp_path / "run").symlink_to(tmp_path / "disk")
     began = False
     try:
-        with fresh_directory(tmp_path / "run", marker=MARKER, force=True) as folder:
+        with fresh_directory(tmp_path / "run", KIND, force=True) as folder:
             began = True
             (folder / "a").touch()
     except OutputError:
@@ -213,7 +215,7 @@ def test_a_link_to_nowhere_is_refused(tmp_path: Path):
     (tmp_path / "run").symlink_to(tmp_path / "nowhere")
     with (
         pytest.raises(OutputError, match="no directory"),
-        fresh_directory(tmp_path / "run", marker=MARKER, force=True),
+        fresh_directory(tmp_path / "run", KIND, force=True),
     ):
         pytest.fail("the block must not begin")
 
@@ -243,7 +245,7 @@ def test_a_place_that_cannot_be_made_is_told_before_the_work(tmp_path: Path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(OutputError, match=r"cannot write .*run: Not a directory"),
-        fresh_directory(tmp_path / "file" / "run", marker=MARKER, force=False),
+        fresh_directory(tmp_path / "file" / "run", KIND, force=False),
     ):
         pytest.fail("the block must not begin")
 
@@ -524,6 +526,12 @@ def test_a_column_of_another_length_is_named(tmp_path: Path, name: str, array: A
 @pytest.mark.parametrize("labels", [[0, 1, 0, 2], [0, 1, 0, -1]])
 def test_a_label_beyond_the_class_names_is_refused(tmp_path: Path, labels: list[int]):
     path = saved(tmp_path, features=POINTS, labels=labels, classes=["cat", "dog"])
+    with pytest.raises(CorpusError, match="labels"):
+        load_snapshots(path)
+
+
+def test_class_names_that_are_no_list_are_refused(tmp_path: Path):
+    path = saved(tmp_path, features=POINTS, labels=LABELS, classes="cat")
     with pytest.raises(CorpusError, match="labels"):
         load_snapshots(path)
 

@@ -67,6 +67,8 @@ class Plan:
 
 def settings_of(attack: str, options: Sequence[str] = (), trigger: str = "") -> Any:
     """The attack's settings, with `name=value` options and a trigger picture put in."""
+    if ATTACKS[attack].labels == "none":
+        return ATTACKS[attack].settings()  # the control takes every attack's options
     changes = dict(map(parse_change, options))
     if trigger:
         changes["picture"] = trigger

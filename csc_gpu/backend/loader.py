@@ -49,7 +49,7 @@ DECODED_BYTES = 1 << 29
 """Most memory for the decoded images of one batch: 256 photos of 12 megapixels would take 9 GB."""
 BATCHES_AHEAD = 2
 """Batches DALI works on while one is copied out."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raise it when `find_broken` becomes stricter: older caches are then ignored."""
 
 _ORIENTATION = 0x0112
@@ -88,7 +88,7 @@ def find_broken(
 ) -> list[Broken]:
     """Decode every file fully once; name those that do not decode, in the order of `paths`.
 
-    `cache` is a JSON file that remembers the good ones by absolute path, size and mtime. It is
+    `cache` is a JSON file that remembers the good ones by absolute path, size and dates. It is
     written even when the check is interrupted; an unreadable one is ignored.
     """
     good = _read_cache(cache)
@@ -213,12 +213,15 @@ def _strict_pillow() -> Iterator[None]:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and mtime in ns, None when there is no such file."""
+    """Size, mtime and ctime in ns, None when there is no such file.
+
+    Poisoned sets have files of one size and one mtime, so these alone would not show a change.
+    """
     try:
         status = path.stat()
     except (OSError, UnicodeEncodeError):
         return None
-    return [status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _cache_kind() -> dict[str, object]:

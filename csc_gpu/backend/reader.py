@@ -20,6 +20,8 @@ from csc_gpu.types import Corpus, Log, Split, quiet
 
 LARGEST_SIDE = 224
 """Longest side of an image, in pixels, unless data.size says otherwise."""
+SMALLEST_SIDE = 4
+"""Smaller images leave the nets nothing to pool, in pixels."""
 SHARE_OF_MEMORY = 0.5
 """Most of the free memory that pixels may take: training, and poisoning, need the rest."""
 NAMED = 3
@@ -44,6 +46,10 @@ def read(
     if split.train.files:
         split = _without_broken(split, threads, skip_broken, cache, log)
     height, width = _common_size(split.train, settings.size)
+    if min(height, width) < SMALLEST_SIDE:
+        raise CorpusError(
+            f"images of {height}x{width} pixels are too small; --set data.size=32 enlarges them"
+        )
     if split.train.pixels is not None and split.train.pixels.shape[1:3] == (height, width):
         return split
     _refuse_too_large(len(split.train) + len(split.test), height, width)
