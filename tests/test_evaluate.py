@@ -120,7 +120,27 @@ def test_a_rate_is_its_numerator_over_its_denominator():
     score = scored(TEN)
     for name, (hits, of) in score["counts"].items():
         assert score[name] == hits / of
-    assert set(score) == {*NAMES, *MASKED, "counts"}
+    assert set(score) == {*NAMES, *MASKED, "counts", "argmax_over"}
+
+
+def test_a_score_says_over_how_many_outputs_the_argmax_ran():
+    assert scored(TEN)["argmax_over"] == 4  # three classes and the virtual one
+
+
+def test_false_flags_are_counted_by_their_true_class():
+    key = AnswerKey(
+        is_poison=np.array([True, False, False, False]),
+        is_cover=np.zeros(4, bool),
+        orig_labels=np.array([1, 1, 2, 2]),
+        paths=tuple("abcd"),
+        test=np.zeros((0, 2, 2, 3), np.uint8),
+        triggered=np.zeros((0, 2, 2, 3), np.uint8),
+        test_labels=np.zeros(0, np.int64),
+        attack_labels=np.zeros(0, np.int64),
+        recipe={"target": 0},
+    )
+    told = detection(np.array([True, False, True, True]), np.zeros(4), key)
+    assert told["false_flags_by_class"] == {2: 2}
 
 
 def test_images_of_the_target_class_cannot_be_attacked():
