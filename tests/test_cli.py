@@ -41,7 +41,7 @@ def photos(folder: Path, classes=("cat", "dog"), count=10, side=16) -> Path:
     return folder
 
 
-def refused(result, *needles):
+def assert_refused(result, *needles):
     """One line on stderr, exit status 2, and the words that help."""
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
@@ -188,7 +188,7 @@ def test_a_file_changed_behind_its_size_and_date_is_checked_again(finished, tmp_
     held = file.stat()
     file.write_bytes(b"x" * held.st_size)
     os.utime(file, ns=(held.st_atime_ns, held.st_mtime_ns))
-    refused(train_on(folder, tmp_path, "--force", *QUICK), file.name)
+    assert_refused(train_on(folder, tmp_path, "--force", *QUICK), file.name)
 
 
 def test_a_broken_image_can_be_skipped_and_is_listed(tmp_path):
@@ -208,43 +208,45 @@ def train_on(source, tmp_path, *more):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    refused(train_on(tmp_path / "nowhere", tmp_path), "nowhere")
+    assert_refused(train_on(tmp_path / "nowhere", tmp_path), "nowhere")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(train_on(tmp_path / "empty", tmp_path), "empty")
+    assert_refused(train_on(tmp_path / "empty", tmp_path), "empty")
 
 
 def test_one_class_only_is_refused(tmp_path):
-    refused(train_on(photos(tmp_path / "one", classes=("cat",)), tmp_path), "one class")
+    assert_refused(train_on(photos(tmp_path / "one", classes=("cat",)), tmp_path), "one class")
 
 
 def test_a_truncated_jpeg_is_named(tmp_path):
     folder = photos(tmp_path / "photos", side=64)
     file = folder / "dog" / "3.jpg"
     file.write_bytes(file.read_bytes()[:500])
-    refused(train_on(folder, tmp_path), "dog/3.jpg", "--skip-broken")
+    assert_refused(train_on(folder, tmp_path), "dog/3.jpg", "--skip-broken")
 
 
 def test_a_text_file_named_jpg_is_named(tmp_path):
     folder = photos(tmp_path / "photos")
     (folder / "dog" / "3.jpg").write_text("hello")
-    refused(train_on(folder, tmp_path), "dog/3.jpg", "--skip-broken")
+    assert_refused(train_on(folder, tmp_path), "dog/3.jpg", "--skip-broken")
 
 
 def test_labels_of_the_wrong_length_are_refused(tmp_path):
     x = np.zeros((10, 8, 8), np.uint8)
     np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(9), x_test=x, y_test=np.arange(10))
-    refused(train_on(tmp_path / "a.npz", tmp_path), "10", "9")
+    assert_refused(train_on(tmp_path / "a.npz", tmp_path), "10", "9")
 
 
 def test_nan_in_features_is_refused(tmp_path):
     points = np.zeros((10, 4), np.float32)
     points[6, 1] = np.nan
     np.savez(tmp_path / "f.npz", features=points, labels=np.arange(10) % 2)
-    refused(call("segregate", tmp_path / "f.npz", "--out", tmp_path / "v", "--cpu"), "NaN", "row 6")
+    assert_refused(
+        call("segregate", tmp_path / "f.npz", "--out", tmp_path / "v", "--cpu"), "NaN", "row 6"
+    )
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_nan_in_features_is_refused(tmp_path):
     ],
 )
 def test_a_wrong_attack_is_refused(tmp_path, words, needles):
-    refused(call("poison", "digits", tmp_path / "p", *words), *needles)
+    assert_refused(call("poison", "digits", tmp_path / "p", *words), *needles)
     assert not (tmp_path / "p").exists()
 
 
@@ -279,25 +281,25 @@ def test_a_wrong_attack_is_refused(tmp_path, words, needles):
     ],
 )
 def test_a_wrong_setting_is_refused(tmp_path, words, needles):
-    refused(train_on("digits", tmp_path, *words), *needles)
+    assert_refused(train_on("digits", tmp_path, *words), *needles)
     assert not (tmp_path / "run").exists()
 
 
 def test_no_gpu_and_no_cpu_option_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    refused(call("train", "digits", "--out", tmp_path / "run"), "GPU", "--cpu")
+    assert_refused(call("train", "digits", "--out", tmp_path / "run"), "GPU", "--cpu")
 
 
 def test_an_existing_run_is_left_alone_without_force(finished):
     before = {path: path.read_bytes() for path in (finished / "run").iterdir()}
-    refused(train_on(finished / "p", finished), "exists", "--force")
+    assert_refused(train_on(finished / "p", finished), "exists", "--force")
     assert before == {path: path.read_bytes() for path in (finished / "run").iterdir()}
 
 
 def test_a_directory_with_other_files_is_never_replaced(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("mine")
-    refused(train_on("digits", tmp_path, "--force"), "other files")
+    assert_refused(train_on("digits", tmp_path, "--force"), "other files")
     assert (tmp_path / "run" / "thesis.txt").read_text() == "mine"
 
 
@@ -305,15 +307,15 @@ def test_force_replaces_only_a_result_of_the_same_command(finished, tmp_path):
     thesis = tmp_path / "proj"
     thesis.mkdir()
     (thesis / "settings.toml").write_text("x = 1")
-    refused(call("train", "digits", "--out", thesis, "--cpu", "--force"), "other files")
+    assert_refused(call("train", "digits", "--out", thesis, "--cpu", "--force"), "other files")
     assert (thesis / "settings.toml").read_text() == "x = 1"
     features, onto = finished / "run" / "features.npz", ("--out", finished / "run", "--force")
-    refused(call("segregate", features, *onto, "--cpu"), "holds the source")
+    assert_refused(call("segregate", features, *onto, "--cpu"), "holds the source")
     shutil.copy(features, tmp_path)
-    refused(call("segregate", tmp_path / "features.npz", *onto, "--cpu"), "other files")
+    assert_refused(call("segregate", tmp_path / "features.npz", *onto, "--cpu"), "other files")
     assert features.exists()
     poison = ("--attack", "none", "--rate", 0.1, "--force")
-    refused(call("poison", finished / "p", finished / "p", *poison), "holds the source")
+    assert_refused(call("poison", finished / "p", finished / "p", *poison), "holds the source")
     assert (finished / "p" / "key.npz").exists()
 
 
@@ -325,57 +327,65 @@ def test_a_disk_that_fills_up_is_told_and_an_older_run_stays(finished, tmp_path,
     before = (finished / "run" / "suspects.csv").read_text()
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     again = call("train", finished / "p", "--out", finished / "run", "--cpu", "--force", *QUICK)
-    refused(again, "cannot write", "No space left", "make room")
+    assert_refused(again, "cannot write", "No space left", "make room")
     assert (finished / "run" / "suspects.csv").read_text() == before
 
 
 def test_a_disk_that_is_too_small_is_told_before_training(finished, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda place: shutil._ntuple_diskusage(9, 8, 1))
     monkeypatch.setattr("csc_gpu.csc.defend", full_disk)
-    refused(train_on(finished / "p", tmp_path), "bytes are needed", "1 are free")
+    assert_refused(train_on(finished / "p", tmp_path), "bytes are needed", "1 are free")
 
 
 def test_a_score_that_cannot_be_written_is_told(finished, monkeypatch):
     monkeypatch.setattr("csc_gpu.run.write_json", full_disk)
-    refused(call("score", finished / "run", "--key", finished / "p" / "key.npz"), "cannot write")
+    assert_refused(
+        call("score", finished / "run", "--key", finished / "p" / "key.npz"), "cannot write"
+    )
 
 
 def test_training_that_diverges_is_told(finished, tmp_path):
     wild = ("--set", "train.lr=1000000")
-    refused(train_on(finished / "p", tmp_path, *QUICK, *wild), "diverged", "train.lr")
-    refused(train_on(finished / "p", tmp_path, "--set", "train.lr=inf"), "train.lr")
+    assert_refused(train_on(finished / "p", tmp_path, *QUICK, *wild), "diverged", "train.lr")
+    assert_refused(train_on(finished / "p", tmp_path, "--set", "train.lr=inf"), "train.lr")
 
 
 def test_watching_nothing_is_told_before_training(finished, tmp_path):
-    refused(train_on(finished / "p", tmp_path, "--set", "watch.every=20"), "watch.every")
+    assert_refused(train_on(finished / "p", tmp_path, "--set", "watch.every=20"), "watch.every")
 
 
 def test_images_of_one_pixel_are_refused(tmp_path):
     x, y = np.zeros((10, 1, 1), np.uint8), np.arange(10) % 2
     np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    refused(train_on(tmp_path / "a.npz", tmp_path), "too small", "data.size")
+    assert_refused(train_on(tmp_path / "a.npz", tmp_path), "too small", "data.size")
 
 
 def test_the_score_of_a_verdict_on_features_is_refused(finished, tmp_path):
     features = finished / "run" / "features.npz"
     assert call("segregate", features, "--out", tmp_path / "v", "--cpu").exit_code == 0
-    refused(call("score", tmp_path / "v", "--key", finished / "p" / "key.npz"), "no run")
+    assert_refused(call("score", tmp_path / "v", "--key", finished / "p" / "key.npz"), "no run")
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
-    refused(call("train", "digits", "--out", tmp_path / "file" / "run", "--cpu"), "cannot write")
-    refused(call("poison", "digits", "/proc/nowhere", "--attack", "none", "--rate", 0.1), "/proc")
+    assert_refused(
+        call("train", "digits", "--out", tmp_path / "file" / "run", "--cpu"), "cannot write"
+    )
+    assert_refused(
+        call("poison", "digits", "/proc/nowhere", "--attack", "none", "--rate", 0.1), "/proc"
+    )
 
 
 def test_a_key_to_another_corpus_is_refused(finished, tmp_path):
     photos(tmp_path / "photos", side=8)
     call("poison", tmp_path / "photos", tmp_path / "p", "--attack", "badnets", "--rate", 0.2)
-    refused(call("score", finished / "run", "--key", tmp_path / "p" / "key.npz"), "not the key")
+    assert_refused(
+        call("score", finished / "run", "--key", tmp_path / "p" / "key.npz"), "not the key"
+    )
 
 
 def test_score_of_something_else_is_refused(tmp_path):
-    refused(call("score", tmp_path, "--key", tmp_path / "key.npz"), "no finished run")
+    assert_refused(call("score", tmp_path, "--key", tmp_path / "key.npz"), "no finished run")
 
 
 # --- the rest -----------------------------------------------------------------------------------
