@@ -189,9 +189,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 @cli.command()
 @click.argument("lines", type=click.Path(path_type=Path), default=RESULTS)
-def table(lines: Path) -> None:
+@click.option("--seed", "seeds", multiple=True, type=int, help="Only these seeds; repeat.")
+def table(lines: Path, seeds: tuple[int, ...]) -> None:
     """The cells as Markdown: the median over seeds, and each seed's value."""
-    rows = read(lines)
+    rows = [row for row in read(lines) if not seeds or row["seed"] in seeds]
     click.echo(
         "| data | attack | n | recall | false alarms | asr before | asr after | "
         "clean net | accuracy before | accuracy after | CPU-s |"
