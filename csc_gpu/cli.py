@@ -6,7 +6,9 @@ Heavy imports happen inside the commands, so that --help and wrong usage answer 
 from __future__ import annotations
 
 import functools
+import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,18 @@ class Commands(click.Group):
             raise Stopped("interrupted; nothing had been written") from None
 
 
+def in_bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """A size like 24GB, 80GiB or 512MB, as bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) ?([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
+    size = 0
+    if found:
+        power = " KMGT".index(found[2].upper() or " ")
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if not size:
+        raise click.BadParameter(f"{value!r} is no size; write 24GB, 80GiB or 512MB")
+    return size
+
+
 COUNT = click.IntRange(0, 2**31 - 1)
 
 
@@ -66,9 +80,15 @@ def machine(command: Callable[..., Any]) -> Callable[..., Any]:
         # Small steps wait for each other all the time; spinning threads doubled the CPU time of the
         # demo on two busy cores. Read once, when torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from csc_gpu import csc
         from csc_gpu.backend import open_backend
+        from csc_gpu.config import override
 
-        return command(backend=open_backend("cpu" if cpu else "gpu", threads), **rest)
+        given = rest.get("changes", {})
+        ours = {name: value for name, value in given.items() if name.startswith("gpu.")}
+        settings = override(csc.Settings(), ours).gpu
+        backend = open_backend("cpu" if cpu else "gpu", threads, settings)
+        return command(backend=backend, **rest)
 
     return opened
 
@@ -202,6 +222,119 @@ def segregate(features: Path, out: Path, **how: Any) -> None:
 
 
 @cli.command()
+@click.argument("source", required=False)
+@click.option(
+    "--gpu-memory",
+    required=True,
+    metavar="SIZE",
+    callback=in_bytes,
+    help="What the device has: 24GB.",
+)
+@click.option("--rows", type=click.IntRange(1), help="Without SOURCE: images to train on.")
+@click.option("--side", type=click.IntRange(4), default=224, show_default=True, help="In pixels.")
+@click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
+@changes
+def plan(
+    source: str | None,
+    gpu_memory: int,
+    rows: int | None,
+    side: int,
+    classes: int,
+    changes: dict[str, Any],
+) -> None:
+    """Print what a run would take of a GPU's memory, stage by stage, and whether it fits.
+
+    SOURCE is a corpus as for csc-gpu train, or give --rows, --side and --classes. No GPU is needed.
+    """
+    if (source is None) == (rows is None):
+        raise click.UsageError("give a SOURCE, or --rows (with --side and --classes)")
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.plan(source, (rows or 0, side, classes), changes, gpu_memory))
+
+
+@cli.group()
+def bench() -> None:
+    """Measure this machine: clustering, loader, conceal or train"""
+
+
+def measured(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--repeats and --json, and what a bench does with its lines."""
+
+    @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1))
+    @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures here.")
+    @machine
+    @functools.wraps(command)
+    def reported(file: Path | None, backend: Any, **rest: Any) -> None:
+        from csc_gpu import bench, run
+
+        lines = command(backend=backend, **rest)
+        click.echo(bench.table(lines))
+        if file is not None:
+            with run.writing(file):
+                document = bench.report(command.__name__.rstrip("_"), backend, lines)
+                run.write_text(file, json.dumps(document, indent=1) + "\n")
+
+    return reported
+
+
+ROWS = click.option("--rows", default=10_000, show_default=True, type=click.IntRange(8))
+
+
+@bench.command()
+@ROWS
+@click.option("--dims", default=16, show_default=True, type=click.IntRange(1))
+@click.option("--features", type=click.Path(path_type=Path), help="A feature file instead (.npz).")
+@changes
+@measured
+def clustering(changes: dict[str, Any], **how: Any) -> Any:
+    """DBSCAN on drawn features (ROWS, DIMS), or on the last snapshot of a file"""
+    from csc_gpu import bench
+
+    return bench.clustering(**how)
+
+
+@bench.command()
+@click.argument("source")
+@click.option("--size", default=0, type=COUNT, help="Image side in pixels; 0 keeps the usual one.")
+@click.option("--batch", default=128, show_default=True, type=click.IntRange(4))
+@click.option("--model", default="", help="Whose training the loaders are compared with.")
+@changes
+@measured
+def loader(changes: dict[str, Any], model: str, backend: Any, **how: Any) -> Any:
+    """Images a second from SOURCE: DALI, torch's DataLoader, resident, and what training takes"""
+    from csc_gpu import bench
+
+    return bench.loader(backend, model=model or backend.usual_model, **how)
+
+
+@bench.command()
+@ROWS
+@click.option("--dims", default=512, show_default=True, type=click.IntRange(1))
+@click.option("--classes", default=10, show_default=True, type=click.IntRange(2))
+@changes
+@measured
+def conceal(changes: dict[str, Any], **how: Any) -> Any:
+    """Fine-tuning the head on (ROWS, DIMS): recorded as a CUDA graph, and eager"""
+    from csc_gpu import bench
+    from csc_gpu.config import override
+    from csc_gpu.csc import Settings
+
+    return bench.conceal(settings=override(Settings(), changes).conceal, **how)
+
+
+@bench.command(name="train")
+@click.argument("source", default="digits")
+@changes
+@measured
+def train_(**how: Any) -> Any:
+    """Plain training and CSC on SOURCE: seconds by stage, and what CSC adds"""
+    from csc_gpu import bench
+
+    return bench.train(**how)
+
+
+@cli.command()
 def attacks() -> None:
     """List the attacks, one a line"""
     from csc_gpu.attacks import ATTACKS
@@ -231,7 +364,7 @@ def settings() -> None:
 @cli.command()
 def doctor() -> None:
     """Say which backends, devices and versions are here"""
-    from csc_gpu.backend import describe, readiness
+    from csc_gpu.backend.doctor import advice, describe
 
-    for name, state in {**readiness(), **describe()}.items():
+    for name, state in {**advice(), **describe()}.items():
         click.echo(f"{name:14s} {state}")

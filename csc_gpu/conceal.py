@@ -38,12 +38,15 @@ class Settings:
     """First learning rate; it falls linearly to zero."""
     momentum: float = 0.9
     """Of SGD."""
+    replay: int = 32
+    """Optimiser steps that one CUDA graph replays; 0: as many as an epoch has."""
 
     def __post_init__(self) -> None:
         require(
             self, "conceal", "above 0", lambda value: 0 < value < math.inf, "epochs", "batch", "lr"
         )
         require(self, "conceal", "in [0, 1)", lambda share: 0 <= share < 1, "momentum")
+        require(self, "conceal", "0 or more", lambda count: count >= 0, "replay")
 
 
 def conceal(
@@ -91,34 +94,47 @@ def fine_tune(
     log: Log = quiet,
 ) -> None:
     """Train the head on features (N, D) and labels (N,); every step has one shape."""
-    rng = np.random.default_rng(seed)
     batch = min(settings.batch, len(labels))
     per_epoch = -(-len(labels) // batch)
+    total = settings.epochs * per_epoch
+    rows = _schedule(len(labels), settings.epochs, per_epoch, batch, seed).to(points.device)
+    rates = torch.from_numpy(settings.lr * (1 - np.arange(total) / total)).float().to(points.device)
     targets = torch.from_numpy(labels).to(points.device)
     rate = torch.tensor(settings.lr, device=points.device)  # a float would freeze into a graph
-    optimiser = torch.optim.SGD(head.parameters(), lr=rate, momentum=settings.momentum)
+    optimiser = torch.optim.SGD(
+        head.parameters(), lr=rate, momentum=settings.momentum, fused=backend.fused or None
+    )
 
-    def step(inputs: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        loss = functional.cross_entropy(head(inputs), wanted, ignore_index=IGNORED)
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        return loss.detach()
-
-    run = backend.captured(step)
-    for epoch in range(settings.epochs):
-        order = np.full(per_epoch * batch, -1)
-        order[: len(labels)] = rng.permutation(len(labels))
+    def steps(rows: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+        """An optimiser step for each line of rows (T, B), at each of the rates (T,); losses (T,)"""
         losses = []
-        for start in range(0, len(order), batch):
-            done = (epoch * per_epoch + start // batch) / (settings.epochs * per_epoch)
-            rate.fill_(settings.lr * (1 - done))
-            rows = torch.from_numpy(order[start : start + batch]).to(points.device)
-            wanted = torch.where(rows < 0, IGNORED, targets[rows.clamp(min=0)])
-            losses.append(run(points[rows.clamp(min=0)], wanted).clone())
-        log(
-            "conceal",
-            epoch=epoch + 1,
-            epochs=settings.epochs,
-            loss=float(torch.stack(losses).mean()),
-        )
+        for chosen, now in zip(rows, rates, strict=True):
+            rate.copy_(now)
+            inside = chosen.clamp(min=0)
+            wanted = targets[inside].masked_fill(chosen < 0, IGNORED)
+            loss = functional.cross_entropy(head(points[inside]), wanted, ignore_index=IGNORED)
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    together = min(settings.replay or per_epoch, total)
+    captured = backend.captured(steps)
+    losses = torch.empty(total, device=points.device)
+    for start in range(0, total, together):
+        stop = min(start + together, total)
+        run = captured if stop - start == together else steps  # a graph has one shape
+        losses[start:stop] = run(rows[start:stop], rates[start:stop])
+        for epoch in range(start // per_epoch, stop // per_epoch):
+            mean = losses[epoch * per_epoch : (epoch + 1) * per_epoch].mean()
+            log("conceal", epoch=epoch + 1, epochs=settings.epochs, loss=float(mean))
+
+
+def _schedule(n: int, epochs: int, per_epoch: int, batch: int, seed: int) -> torch.Tensor:
+    """The rows of every optimiser step, each once an epoch; -1 is padding. (steps, batch)"""
+    rng = np.random.default_rng(seed)
+    order = np.full((epochs, per_epoch * batch), -1)
+    for epoch in order:
+        epoch[:n] = rng.permutation(n)
+    return torch.from_numpy(order.reshape(epochs * per_epoch, batch))

@@ -12,10 +12,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from csc_gpu import backend as backends
 from csc_gpu import conceal, data, segregate, train
 from csc_gpu.backend import Backend
 from csc_gpu.config import require
@@ -66,6 +67,7 @@ class Settings:
     watch: Watch = field(default_factory=Watch)
     segregate: segregate.Settings = field(default_factory=segregate.Settings)
     conceal: conceal.Settings = field(default_factory=conceal.Settings)
+    gpu: backends.Settings = field(default_factory=backends.Settings)
 
 
 def defend(
@@ -83,7 +85,7 @@ def defend(
         )
     sightings: list[Sighting] = []
     kept: list[Array] = []
-    clock = Stopwatch()
+    clock = Stopwatch(backend)
 
     with clock("train"):
         for at in train.train(model, corpus, settings.train, backend, seed=seed):
@@ -106,7 +108,7 @@ def defend(
             corpus.labels,
             settings.segregate,
             backend,
-            reclassifier(corpus, settings, backend, seed=seed, log=log),
+            reclassifier(corpus, settings, backend, clock, seed=seed, log=log),
         )
     log("verdict", suspects=int(verdict.suspect.sum()), rows=len(corpus), **verdict.notes)
     with clock("conceal"):
@@ -132,24 +134,36 @@ def check_finite(points: Array, at: train.Moment, settings: Settings, backend: B
 
 def fresh_model(corpus: Corpus, settings: Settings, backend: Backend, *, seed: int) -> Net:
     """An untrained net with one output a class, on the device."""
-    height = corpus.images.shape[1]
+    height, _ = corpus.image_size
     model = new_model(settings.train.model, corpus.n_classes, height, seed=seed)
     return model.to(backend.device)
 
 
 def reclassifier(
-    corpus: Corpus, settings: Settings, backend: Backend, *, seed: int, log: Log = quiet
+    corpus: Corpus,
+    settings: Settings,
+    backend: Backend,
+    clock: Stopwatch,
+    *,
+    seed: int,
+    log: Log = quiet,
 ) -> Reclassify:
-    """Trains a fresh model, as long as the first, without candidates and controls; predicts all."""
+    """Trains a fresh model without candidates and controls, and predicts all rows.
+
+    As long as the first, but no longer than segregate.check_epochs.
+    """
+    epochs = train.budget(len(corpus), settings.train).epochs
+    short = replace(settings.train, epochs=min(epochs, settings.segregate.check_epochs))
 
     def reclassify(candidates: Mask) -> Reclassified:
         rng = np.random.default_rng(seed)
         controls = ~candidates & (rng.random(len(corpus)) < settings.segregate.controls)
         rows = np.flatnonzero(~candidates & ~controls)
-        model = fresh_model(corpus, settings, backend, seed=seed + 1)
-        for at in train.train(model, corpus, settings.train, backend, seed=seed + 1, rows=rows):
-            log("step", stage="verify", at=at)
-        predicted = backend.to_numpy(predict(model, corpus, backend))
+        with clock("verify"):
+            model = fresh_model(corpus, settings, backend, seed=seed + 1)
+            for at in train.train(model, corpus, short, backend, seed=seed + 1, rows=rows):
+                log("step", stage="verify", at=at)
+            predicted = backend.to_numpy(predict(model, corpus, backend).astype(np.int32))
         return Reclassified(candidates, controls, predicted.astype(np.int64))
 
     return reclassify
@@ -158,7 +172,8 @@ def reclassifier(
 class Stopwatch:
     """Wall seconds of each stage; a stage inside another counts for itself only."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
 
@@ -167,7 +182,8 @@ class Stopwatch:
         start = time.perf_counter()
         self._open.append(stage)
         try:
-            yield
+            with self._backend.stage(stage):
+                yield
         finally:
             took = time.perf_counter() - start
             self._open.pop()

@@ -27,3 +27,7 @@ class TrainingDiverged(CscError):
 
 class Interrupted(CscError):
     """The user stopped the work: the message says what was kept."""
+
+
+class DeviceTooSmall(CscError):
+    """The work does not fit into the device's memory, even in the smallest steps."""

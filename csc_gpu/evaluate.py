@@ -51,7 +51,7 @@ def accuracy_and_attack(model: Net, key: AnswerKey, n_classes: int, backend: Bac
     asr counts triggered images that are not of the target class already; ra those among them that
     get their true label.
     """
-    logits = outputs(model, key.test, backend)
+    logits = outputs(model, unlabelled(key.test), backend)
     guess, truth = logits.argmax(1), key.test_labels
     everyone = np.ones(len(truth), bool)
     found = {
@@ -60,7 +60,7 @@ def accuracy_and_attack(model: Net, key: AnswerKey, n_classes: int, backend: Bac
     }
     under_attack = key.attack_labels >= 0
     wanted, true = key.attack_labels[under_attack], truth[under_attack]
-    triggered = outputs(model, key.triggered, backend)
+    triggered = outputs(model, unlabelled(key.triggered), backend)
     guess, masked = triggered.argmax(1), triggered[:, :n_classes].argmax(1)
     others, all_of_them = wanted != true, np.ones(len(true), bool)
     found |= {
@@ -102,25 +102,27 @@ def detection(suspect: Mask, score: NDArray[np.floating[Any]], key: AnswerKey) -
     return {**_as_score(found), **ranked, "false_flags_by_class": by_class}
 
 
-@torch.inference_mode()
-def outputs(model: Net, images: NDArray[np.uint8], backend: Backend) -> NDArray[np.float32]:
-    """The logits of every image. (M, C) or (M, C + 1) float32"""
+def unlabelled(images: NDArray[np.uint8]) -> Corpus:
+    """Images (M, H, W, 3) as rows to predict."""
     blank = np.zeros(len(images), np.int64)
-    corpus = Corpus(blank, ("",), np.arange(len(images)), (), pixels=images)
+    return Corpus(blank, ("",), np.arange(len(images)), ("",) * len(images), pixels=images)
+
+
+@torch.inference_mode()
+def outputs(model: Net, corpus: Corpus, backend: Backend) -> NDArray[np.float32]:
+    """The logits of every row. (M, C) or (M, C + 1) float32"""
     model.eval()
-    out = np.empty((len(images), model.n_outputs), np.float32)
-    for batch in backend.batches(corpus, BATCH) if len(images) else ():
+    out = np.empty((len(corpus), model.n_outputs), np.float32)
+    for batch in backend.batches(corpus, BATCH) if len(corpus) else ():
         rows = backend.to_numpy(backend.array(batch.rows))
         out[rows] = backend.to_numpy(backend.array(model(batch.images)))
     return out
 
 
-def virtual_rate(
-    model: Net, images: NDArray[np.uint8], n_classes: int, backend: Backend
-) -> Fraction:
-    """How many images a concealed model sends to the virtual class: evidence without a key."""
-    virtual = outputs(model, images, backend).argmax(1) == n_classes
-    return share(virtual, np.ones(len(images), bool))
+def virtual_rate(model: Net, corpus: Corpus, n_classes: int, backend: Backend) -> Fraction:
+    """How many rows a concealed model sends to the virtual class: evidence without a key."""
+    virtual = outputs(model, corpus, backend).argmax(1) == n_classes
+    return share(virtual, np.ones(len(corpus), bool))
 
 
 def _as_score(found: dict[str, Fraction]) -> Score:

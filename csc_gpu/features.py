@@ -18,7 +18,8 @@ def features(model: Net, corpus: Corpus, backend: Backend) -> Array:
     model.eval()
     out = backend.xp.empty((len(corpus), model.n_features), dtype=backend.xp.float32)
     for batch in backend.batches(corpus, BATCH):
-        out[backend.array(batch.rows)] = backend.array(model.features(batch.images))
+        points = model.features(batch.images)  # (B, D) float32, whatever training computes in
+        out[backend.array(batch.rows)] = backend.array(points)
     return out
 
 

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from csc_gpu import answers, attacks, csc, data, evaluate, run, sources
+from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
-from csc_gpu.backend import Backend, describe, open_backend
+from csc_gpu.backend import Backend, open_backend
+from csc_gpu.backend.doctor import describe
+from csc_gpu.backend.reader import common_size
 from csc_gpu.config import override, to_toml
 from csc_gpu.defenses import DEFENSES
-from csc_gpu.errors import ConfigError, CorpusError
+from csc_gpu.errors import ConfigError, CorpusError, DeviceTooSmall
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
 from csc_gpu.train import budget
@@ -91,15 +95,27 @@ def train(
                 f"rule {settings.segregate.rule}, seed {seed}, "
                 f"flip {'on' if settings.train.flip else 'off'}"
             )
-            split = sources.load(source, settings.data, skip_broken=skip_broken, log=log)
+            room = backend.free_bytes()
+            split = sources.load(
+                source, settings.data, backend=backend, skip_broken=skip_broken, log=log
+            )
             plan = budget(len(split.train), settings.train)
             log.say(
                 f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
                 f"held out; {plan.epochs} epochs are {plan.steps} optimiser steps"
             )
+            check_memory(room, split.train, settings, backend, log)
             run.check_room(folder, needed_bytes(split.train, settings))
             start = time.process_time(), time.perf_counter()
-            outcome = entry.run(DefenderView(split.train), settings, backend, seed=seed, log=log)
+            try:
+                outcome = entry.run(
+                    DefenderView(split.train), settings, backend, seed=seed, log=log
+                )
+            except (MemoryError, torch.OutOfMemoryError) as fault:
+                raise DeviceTooSmall(
+                    f"the memory did not suffice ({' '.join(str(fault).split())[:120]}); "
+                    "lower train.batch or data.size; csc-gpu plan says what takes most"
+                ) from fault
             spent = time.process_time() - start[0], time.perf_counter() - start[1]
             summary = summarise(source, split, outcome, settings, backend)
             summary |= {"defense": defense, "seed": seed}
@@ -109,9 +125,21 @@ def train(
     return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
 
 
+def check_memory(
+    room: int | None, corpus: Corpus, settings: csc.Settings, backend: Backend, log: Console
+) -> None:
+    """Plan the run within `room` bytes, into the log; a GPU that is too small is refused now."""
+    if room is None:
+        return
+    found = planning.plan(planning.shape_of(corpus), settings, room)
+    log("plan", lines=planning.told(found, settings.train.model))
+    if backend.name == "gpu":
+        planning.refuse_too_small(found)
+
+
 def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
     """About what a run will write: two models, a line a row, and the features if they are kept."""
-    model = new_model(settings.train.model, corpus.n_classes, corpus.images.shape[1], seed=0)
+    model = new_model(settings.train.model, corpus.n_classes, corpus.image_size[0], seed=0)
     weights: int = sum(weight.numel() for weight in model.state_dict().values())
     watched = len(settings.watch.steps(budget(len(corpus), settings.train)))
     kept = watched * model.n_features * len(corpus) if settings.watch.keep else 0
@@ -153,12 +181,12 @@ def summarise(
     steps = budget(len(corpus), settings.train)
     suspect = np.zeros(len(corpus), bool) if told is None else told.suspect
     virtual = {
-        "virtual_rate_on_suspects": corpus.images[suspect],
-        "virtual_rate_on_held_out": split.test.images,
+        "virtual_rate_on_suspects": corpus.take(np.flatnonzero(suspect)),
+        "virtual_rate_on_held_out": split.test,
     }
     rates = {
-        name: evaluate.virtual_rate(outcome.model, images, outcome.n_classes, backend)
-        for name, images in virtual.items()
+        name: evaluate.virtual_rate(outcome.model, rows, outcome.n_classes, backend)
+        for name, rows in virtual.items()
     }
     return {
         "verdict": verdict(suspect, corpus.labels, corpus.classes) if told else NOT_LOOKED,
@@ -173,7 +201,7 @@ def summarise(
         "n_classes": outcome.n_classes,
         "n_outputs": outcome.model.n_outputs,
         "classes": corpus.classes,
-        "image_size": corpus.images.shape[1:3],
+        "image_size": corpus.image_size,
         "source": str(Path(source).absolute()) if Path(source).exists() else source,
         "broken": split.broken,
         "epochs": steps.epochs,
@@ -291,6 +319,25 @@ def table(result: Mapping[str, Any]) -> str:
             f"the attack did not take hold (asr before {asr:.3f}): no suppression is claimed"
         )
     return "\n".join(lines)
+
+
+# --- plan ---------------------------------------------------------------------------------------
+
+
+def plan(
+    source: str | None, shape: tuple[int, int, int], changes: Mapping[str, Any], memory: int
+) -> str:
+    """The memory plan for a source, or for (rows, side, classes) if there is none yet."""
+    settings = override(csc.Settings(), dict(changes))
+    if not settings.train.model:
+        settings = override(settings, {"train.model": "resnet18"})
+    rows, side, classes = shape
+    wanted = planning.Shape(rows, side, side, classes)
+    if source is not None:
+        train = data.open_source(source, settings.data).train
+        height, width = common_size(train, settings.data.size)
+        wanted = planning.Shape(len(train), height, width, train.n_classes)
+    return "\n".join(planning.told(planning.plan(wanted, settings, memory), settings.train.model))
 
 
 # --- segregate ----------------------------------------------------------------------------------

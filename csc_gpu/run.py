@@ -330,7 +330,7 @@ VERDICTS = {"True": True, "False": False}
 
 def save_model(path: Path, model: Net, name: str, corpus: Corpus) -> None:
     """Weights as safetensors, with what it takes to build the net again."""
-    height, width = corpus.images.shape[1:3]
+    height, width = corpus.image_size
     about = {
         "model": name,
         "n_outputs": str(model.n_outputs),

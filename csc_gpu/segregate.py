@@ -27,6 +27,8 @@ from csc_gpu.types import Array, Clusters, Mask, Reclassified, Reclassify, Segre
 
 HASH_FACTOR = 6364136223846793005
 """Knuth's multiplier for 64-bit linear congruential generators (MMIX)."""
+BLOCK = 65_536
+"""Rows embedded at a time, so that no second copy of all the features is ever held."""
 SMALLEST_EPS = 1e-6
 """DBSCAN wants a radius above zero, also where most rows are equal."""
 OUTSIDE = 0.8
@@ -37,6 +39,8 @@ TRUSTED = 0.9
 """Share of poison among rows from which they are kept."""
 UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
+MOST_SCALES = 64
+"""One bit each says at which scales a row was hit."""
 COARSE = 0.3
 """A core that stands apart at this scale is no ordinary benign island (those: .05, method 2.3)."""
 
@@ -75,24 +79,27 @@ class Settings:
     """Share of the core a label must hold to be suspected (two-stage)."""
     rounds: int = 3
     """Models trained without the candidates, at most (two-stage)."""
+    check_epochs: int = 10
+    """Epochs of each of them, at most; fewer if training itself is shorter."""
     controls: float = 0.05
     """Share of unsuspected rows left out with the candidates, to learn how far to trust a check."""
 
     def __post_init__(self) -> None:
         caps = ("max_share", "max_label_share", "label_share", "controls")
         shares = ("min_share", "purity", "pure_homes", "coarsest", *caps)
-        counts = ("min_rows", "persistence", "votes", "k_rows", "rounds")
+        counts = ("min_rows", "persistence", "votes", "k_rows", "rounds", "check_epochs")
         require(self, "segregate", f"one of {', '.join(RULES)}", RULES.__contains__, "rule")
         require(self, "segregate", "in (0, 1]", lambda share: 0 < share <= 1, *shares)
         require(self, "segregate", "1 or more", lambda count: count >= 1, *counts)
         require(self, "segregate", "0 or more", lambda dims: dims >= 0, "pca")
-        require(self, "segregate", "quantiles in (0, 1)", _are_quantiles, "scales")
+        most = f"at most {MOST_SCALES} quantiles in (0, 1)"
+        require(self, "segregate", most, _are_quantiles, "scales")
         finest = f"{min(self.scales)} or more, the finest of segregate.scales"
         require(self, "segregate", finest, lambda scale: scale >= min(self.scales), "coarsest")
 
 
 def _are_quantiles(scales: tuple[float, ...]) -> bool:
-    return bool(scales) and all(0 < scale < 1 for scale in scales)
+    return 0 < len(scales) <= MOST_SCALES and all(0 < scale < 1 for scale in scales)
 
 
 # --- one snapshot, clustered ------------------------------------------------------------------
@@ -105,7 +112,7 @@ def observe(
     xp = backend.xp
     labels = xp.asarray(labels)
     order = own_order(points, labels, xp)
-    z, labels = embed(points[order], settings.pca, xp), labels[order]
+    z, labels = embed(points, order, settings.pca, xp), labels[order]
     min_samples = max(settings.min_rows, round(settings.min_share * len(z)))
     asked = xp.linspace(0, len(z) - 1, min(len(z), settings.k_rows)).astype(xp.int64)
     reach = backend.neighbors(z, min(min_samples, len(z)), z[asked])
@@ -132,15 +139,33 @@ def own_order(points: Array, labels: Array, xp: ModuleType) -> Array:
     return xp.argsort(key, kind="stable")
 
 
-def embed(points: Array, dims: int, xp: ModuleType) -> Array:
-    """Rows scaled to length 1, minus their mean, on their `dims` principal components. (N, dims)"""
-    length = xp.linalg.norm(points, axis=1, keepdims=True)
-    unit = points / xp.where(length > 0, length, 1)
-    centred = unit - unit.mean(axis=0, dtype=xp.float64).astype(unit.dtype)
-    if not 0 < dims < points.shape[1]:
-        return xp.ascontiguousarray(centred)
-    _, axes = xp.linalg.eigh((centred.T @ centred).astype(xp.float64))
-    return xp.ascontiguousarray(centred @ axes[:, ::-1][:, :dims].astype(unit.dtype))
+def embed(points: Array, order: Array, dims: int, xp: ModuleType) -> Array:
+    """Rows in this order, scaled to length 1, centred, on `dims` principal components. (N, dims)
+
+    Block by block: beside the features no more is held than a block and the result.
+    """
+    n, n_features = points.shape
+    blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+
+    def unit(block: slice) -> Array:
+        rows = points[order[block]]
+        length = xp.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / xp.where(length > 0, length, 1)
+
+    total = sum(unit(block).sum(axis=0, dtype=xp.float64) for block in blocks)
+    mean = (total / n).astype(points.dtype)
+    projected = 0 < dims < n_features
+    if projected:
+        scatter = xp.zeros((n_features, n_features), xp.float64)
+        for block in blocks:
+            centred = unit(block) - mean
+            scatter += centred.T @ centred
+        axes = xp.linalg.eigh(scatter)[1][:, ::-1][:, :dims].astype(points.dtype)
+    z = xp.empty((n, dims if projected else n_features), points.dtype)
+    for block in blocks:
+        centred = unit(block) - mean
+        z[block] = centred @ axes if projected else centred
+    return z
 
 
 def describe(
@@ -247,50 +272,68 @@ class Evidence:
 def gather(
     sightings: Sequence[Sighting], rule: Rule, settings: Settings, backend: Backend
 ) -> Evidence:
-    """Ask the rule about every cluster of every sighting, and add up by row."""
-    xp = backend.xp
-    n = len(sightings[0].clusterings[0].of_row)
-    needed = settings.persistence if rule.persistent else 1
-    votes, share = xp.zeros(n, xp.int64), xp.zeros(n, xp.float32)
-    first, low, high = (xp.full(n, xp.nan, xp.float32) for _ in range(3))
-    place = xp.full((4, n), xp.nan, xp.float32)  # cluster, size, purity, density where last hit
-    mixed = []
+    """Ask the rule about every cluster of every sighting, and add up by row.
+
+    The rule is asked on the device. Of each row comes down one bit a scale and snapshot, and in the
+    end the number of the cluster where it was last hit.
+    """
+    xp, down = backend.xp, backend.to_numpy
+    middle = sightings[-1].clusterings[len(sightings[-1].clusterings) // 2]
+    n, needed = len(middle.of_row), settings.persistence if rule.persistent else 1
+    votes, share = np.zeros(n, np.int64), np.zeros(n, np.float32)
+    first, low, high = (np.full(n, np.nan, np.float32) for _ in range(3))
+    asked: list[Clusters] = [middle]
+    last, cluster, mixed = np.zeros(n, np.intp), middle.of_row, []  # last: a place in `asked`
     for sighting in sightings:
         clusterings = [c for c in sighting.clusterings if c.scale <= settings.coarsest]
-        hits = xp.zeros(n, xp.int64)
-        for clusters in clusterings:
-            if not len(clusters.size):
-                continue  # nothing but noise at this scale
-            hit = _rows(clusters, rule.names(clusters, settings, xp), xp)
-            hits += hit
-            low = xp.where(hit, xp.fmin(low, clusters.scale), low)
-            high = xp.where(hit, xp.fmax(high, clusters.scale), high)
-            place = xp.where(hit, _placed(clusters, xp), place)
+        bits, cluster = _hits(clusterings, rule, cluster, settings, backend)
+        for bit, clusters in enumerate(clusterings):
+            hit = (bits >> bit & 1).astype(bool)
+            low[hit] = np.fmin(low[hit], clusters.scale)
+            high[hit] = np.fmax(high[hit], clusters.scale)
+            last[hit] = len(asked)
+            asked.append(clusters)
+        hits = np.bitwise_count(bits)
         voted = hits >= min(needed, len(clusterings))
-        first = xp.where(voted & (votes == 0), sighting.epoch, first)
+        first[voted & (votes == 0)] = sighting.epoch
         votes += voted
-        share = xp.maximum(share, (hits / len(clusterings)).astype(xp.float32))
-        if bool(voted.any()):
+        share = np.maximum(share, (hits / len(clusterings)).astype(np.float32))
+        if voted.any():
             mixed.append(all(_mixed(c, settings, xp) for c in clusterings))
-    middle = sightings[-1].clusterings[len(sightings[-1].clusterings) // 2]
-    place = xp.where(xp.isnan(place[0]), _placed(middle, xp), place)
-    down = backend.to_numpy
-    cluster, size, pure, density = (down(column) for column in place)
+    of_row = down(cluster).astype(np.int64)
     return Evidence(
-        votes=down(votes).astype(np.int64),
-        share=down(share).astype(np.float32),
+        votes=votes,
+        share=share,
         mixed=bool(mixed) and all(mixed),
         table={
-            "cluster": cluster.astype(np.int64),
-            "cluster_size": size.astype(np.int64),
-            "cluster_purity": pure.astype(np.float32),
-            "cluster_density": density.astype(np.float32),
-            "first_epoch": down(first).astype(np.float32),
-            "n_snapshots": down(votes).astype(np.int64),
-            "scale_min": down(low).astype(np.float32),
-            "scale_max": down(high).astype(np.float32),
+            "cluster": of_row,
+            **_described(asked, last, of_row, backend),
+            "first_epoch": first,
+            "n_snapshots": votes,
+            "scale_min": low,
+            "scale_max": high,
         },
     )
+
+
+def _hits(
+    clusterings: Sequence[Clusters],
+    rule: Rule,
+    cluster: Array,
+    settings: Settings,
+    backend: Backend,
+) -> tuple[NDArray[Any], Array]:
+    """At which clusterings each row is hit, one bit each (N,); and each row's last such cluster."""
+    xp = backend.xp
+    kind = xp.uint8 if len(clusterings) <= 8 else xp.uint64
+    bits = xp.zeros(len(cluster), kind)
+    for bit, clusters in enumerate(clusterings):
+        if not len(clusters.size):
+            continue  # nothing but noise at this scale
+        hit = _rows(clusters, rule.names(clusters, settings, xp), xp)
+        bits |= hit * kind(1 << bit)
+        cluster = xp.where(hit, clusters.of_row, cluster)
+    return backend.to_numpy(bits), cluster
 
 
 def _rows(clusters: Clusters, named: Array, xp: ModuleType) -> Array:
@@ -298,13 +341,24 @@ def _rows(clusters: Clusters, named: Array, xp: ModuleType) -> Array:
     return xp.concatenate([named, xp.zeros(1, bool)])[clusters.of_row]  # noise, -1, takes the last
 
 
-def _placed(clusters: Clusters, xp: ModuleType) -> Array:
-    """Each row's cluster, and that cluster's size, purity and density. (4, N) float32"""
-    of_row = clusters.of_row
-    described = xp.stack([clusters.size, purity(clusters), clusters.density]).astype(xp.float32)
-    noise = xp.asarray([[0.0], [xp.nan], [xp.nan]], dtype=xp.float32)
-    told = xp.concatenate([described, noise], axis=1)[:, of_row]
-    return xp.concatenate([of_row[None].astype(xp.float32), told])
+def _described(
+    asked: Sequence[Clusters],
+    last: NDArray[np.intp],
+    of_row: NDArray[np.int64],
+    backend: Backend,
+) -> dict[str, NDArray[Any]]:
+    """Size, purity and density of cluster of_row[i] of asked[last[i]], for every row i."""
+    size = np.zeros(len(last), np.int64)
+    pure, density = (np.full(len(last), np.nan, np.float32) for _ in range(2))
+    for number in np.unique(last):
+        rows = np.flatnonzero((last == number) & (of_row >= 0))
+        if not len(rows):
+            continue
+        clusters, which = asked[number], of_row[rows]
+        size[rows] = backend.to_numpy(clusters.size)[which]
+        pure[rows] = backend.to_numpy(purity(clusters))[which]
+        density[rows] = backend.to_numpy(clusters.density)[which]
+    return {"cluster_size": size, "cluster_purity": pure, "cluster_density": density}
 
 
 # --- the verdict --------------------------------------------------------------------------------
@@ -433,11 +487,16 @@ def candidates(
         home = int(home_of(clusters, xp)[label])
         if home < 0:
             continue
-        away: Mask = backend.to_numpy(clusters.of_row) != home
+        away = _unpacked(xp.packbits(clusters.of_row != home), len(labels), backend)
         if away[mine].mean() >= OUTSIDE:
             outside: Mask = mine | (ours & away)
             return outside
     return mine
+
+
+def _unpacked(bits: Array, n: int, backend: Backend) -> Mask:
+    """n bits, eight to a byte on the device, as a mask on the host. (n,)"""
+    return np.unpackbits(backend.to_numpy(bits).astype(np.uint8), count=n).astype(bool)
 
 
 def exclude(

@@ -1,4 +1,4 @@
-"""From what the user names to a resident corpus: open it, check every file, decode."""
+"""From what the user names to a corpus of one size: open it, check every file, decode."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ import hashlib
 import os
 from pathlib import Path
 
+import torch
+
 from csc_gpu import data
-from csc_gpu.backend import reader, usable_cores
+from csc_gpu.backend import Backend, Decoder, reader, usable_cores
+from csc_gpu.backend.cpu import free_memory
 from csc_gpu.types import Log, Split, quiet
 
 
 def load(
-    source: str, settings: data.Settings, *, skip_broken: bool = False, log: Log = quiet
+    source: str,
+    settings: data.Settings,
+    *,
+    backend: Backend | None = None,
+    skip_broken: bool = False,
+    log: Log = quiet,
 ) -> Split:
-    """Both parts of a source, with their pixels; raises CorpusError for anything wrong with it."""
+    """Both parts of a source; raises CorpusError for anything wrong with it.
+
+    With a backend the pixels are where it wants them, or stay on disk if they do not fit there;
+    without one they are resident on the processor.
+    """
     split = data.open_source(source, settings)
     return reader.read(
         split,
         settings,
-        threads=usable_cores(),
+        decoder=backend.decoder if backend else Decoder(torch.device("cpu"), usable_cores()),
+        room=backend.free_bytes if backend else free_memory,
+        may_stream=backend is not None,
         skip_broken=skip_broken,
         cache=_checked_files(source),
         log=log,

@@ -104,7 +104,7 @@ def train(
     rng = np.random.default_rng(seed)
     rows = np.arange(len(corpus)) if rows is None else rows
     plan = budget(len(rows), settings)
-    shift = round(settings.shift * corpus.images.shape[1])
+    shift = round(settings.shift * corpus.image_size[0])
     augment = Augment(shift=shift, flip=settings.flip)
     optimiser = torch.optim.SGD(
         model.parameters(),
@@ -112,6 +112,7 @@ def train(
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.momentum > 0,
+        fused=backend.fused or None,  # None is torch's own choice
     )
     warmup = min(settings.warmup, 0.2 * plan.epochs) * plan.steps_per_epoch
     step = 0
@@ -122,7 +123,8 @@ def train(
             lr = settings.lr * one_cycle(step, warmup, plan.steps)
             optimiser.param_groups[0]["lr"] = lr
             model.train()
-            loss = functional.cross_entropy(model(batch.images), batch.labels)
+            with backend.precision():
+                loss = functional.cross_entropy(model(batch.images), batch.labels)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

@@ -34,8 +34,9 @@ class Corpus:
     classes: tuple[str, ...]  # C names; the place in this list is the label
     ids: NDArray[np.int64]  # (N,) the row's number in the source
     paths: tuple[str, ...]  # N names, relative to the source
-    pixels: NDArray[np.uint8] | None = None  # (N, H, W, 3) RGB once resident
-    files: tuple[Path, ...] = ()  # N files while the pixels are still on disk
+    pixels: Array | None = None  # (N, H, W, 3) uint8 RGB once resident: NumPy, or torch on a GPU
+    files: tuple[Path, ...] = ()  # N files while the pixels are on disk
+    read_at: tuple[int, int] | None = None  # H and W to which files are read
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,11 +46,21 @@ class Corpus:
         return len(self.classes)
 
     @property
-    def images(self) -> NDArray[np.uint8]:
+    def images(self) -> Array:
         """The resident pixels. (N, H, W, 3) uint8"""
         if self.pixels is None:
             raise ValueError("this corpus is still on disk; read it with backend.reader.read")
         return self.pixels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """H and W of every image, wherever the pixels are."""
+        if self.pixels is not None:
+            height, width = self.pixels.shape[1:3]
+            return int(height), int(width)
+        if self.read_at is None:
+            raise ValueError("this corpus has no size yet; read it with backend.reader.read")
+        return self.read_at
 
     def take(self, rows: NDArray[np.int64]) -> Corpus:
         """The corpus of these rows, in this order; ids and paths go with them."""

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from csc_gpu import data
 from csc_gpu.answers import load_key, save_poisoned
 from csc_gpu.attacks import Plan, poison
-from csc_gpu.backend import reader
+from csc_gpu.backend import Decoder, reader
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import AnswerKey, Corpus, Split
 
@@ -37,7 +38,9 @@ def poisoned(attack: str = "badnets", source: Split | None = None) -> tuple[Spli
 
 def read(folder: Path) -> Split:
     settings = data.Settings()
-    return reader.read(data.open_source(str(folder), settings), settings, threads=2)
+    split = data.open_source(str(folder), settings)
+    on_the_host = Decoder(torch.device("cpu"), 2)
+    return reader.read(split, settings, decoder=on_the_host, room=lambda: None)
 
 
 # -------------------------------------------------------------------------------- there and back

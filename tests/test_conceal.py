@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from csc_gpu.backend import Backend, Step, open_backend
-from csc_gpu.conceal import IGNORED, Settings, conceal, fine_tune, widened
+from csc_gpu.conceal import Settings, conceal, fine_tune, widened
 from csc_gpu.errors import ConfigError
 from csc_gpu.features import predict
 from csc_gpu.models import Net, new_model
@@ -26,7 +26,7 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass
 class Spy:
-    """A backend that notes the inputs and labels of every captured step."""
+    """A backend that notes the rows (T, B) and rates (T,) of every captured call."""
 
     inner: Backend = CPU
     calls: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -38,9 +38,9 @@ class Spy:
     def captured(self, step: Step) -> Step:
         self.captures += 1
 
-        def run(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            self.calls.append((inputs.clone(), labels.clone()))
-            return step(inputs, labels)
+        def run(rows: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+            self.calls.append((rows.clone(), rates.clone()))
+            return step(rows, rates)
 
         return run
 
@@ -49,10 +49,10 @@ class Reused(Spy):
     """A backend whose captured step returns the same buffer every time, as a graph does."""
 
     def captured(self, step: Step) -> Step:
-        out = torch.zeros(())
+        out = torch.zeros(0)
 
-        def run(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return out.copy_(step(inputs, labels))
+        def run(rows: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
+            return out.resize_(len(rates)).copy_(step(rows, rates))
 
         return run
 
@@ -227,27 +227,39 @@ def test_one_suspect_is_enough_for_a_virtual_class():
 def test_every_step_has_one_shape_and_every_row_counts_once_an_epoch(n: int, batch: int, used: int):
     points, labels = head_world(n)
     spy = Spy()
-    fine_tune(new_head(), points, labels, Settings(epochs=3, batch=batch), spy, seed=0)
+    fine_tune(new_head(), points, labels, Settings(epochs=3, batch=batch, replay=0), spy, seed=0)
     steps = -(-n // used)
     assert spy.captures == 1
-    assert len(spy.calls) == 3 * steps
-    assert {(tuple(x.shape), tuple(y.shape)) for x, y in spy.calls} == {((used, 4), (used,))}
-    whole = [
-        (tuple(row), label) for row, label in zip(points.tolist(), labels.tolist(), strict=True)
-    ]
-    for epoch in range(3):
-        part = spy.calls[epoch * steps : (epoch + 1) * steps]
-        inputs, wanted = (torch.cat(column) for column in zip(*part, strict=True))
-        real = wanted != IGNORED
-        seen = zip(inputs[real].tolist(), wanted[real].tolist(), strict=True)
-        assert sorted((tuple(row), label) for row, label in seen) == sorted(whole)
+    assert len(spy.calls) == 3  # replay=0: a call is an epoch
+    for rows, rates in spy.calls:
+        assert rows.shape == (steps, used) and rates.shape == (steps,)
+        assert sorted(rows[rows >= 0].tolist()) == list(range(n))
+        assert (rows[:-1] >= 0).all()
+
+
+@pytest.mark.parametrize("replay", [1, 2, 5, 7, 100])
+def test_how_many_steps_are_recorded_together_changes_nothing(replay: int):
+    points, labels = head_world(22)  # 6 steps an epoch, 18 in all: not a multiple of 5, 7 or 100
+    heads = new_head(), new_head()
+    for head, plan in zip(heads, (replay, 0), strict=True):
+        chosen = Settings(epochs=3, batch=4, replay=plan)
+        fine_tune(head, points, labels, chosen, Spy(), seed=0)
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+def test_a_shorter_last_chunk_is_not_given_to_the_recorded_step():
+    points, labels = head_world(22)
+    spy = Spy()
+    fine_tune(new_head(), points, labels, Settings(epochs=3, batch=4, replay=7), spy, seed=0)
+    assert [len(rates) for _, rates in spy.calls] == [7, 7]  # the last 4 of 18 run as they are
 
 
 def test_no_step_is_made_of_padding_alone():
     points, labels = head_world(9)
     spy = Spy()
-    fine_tune(new_head(), points, labels, Settings(epochs=4, batch=4), spy, seed=0)
-    assert all((wanted != IGNORED).any() for _, wanted in spy.calls)
+    fine_tune(new_head(), points, labels, Settings(epochs=4, batch=4, replay=1), spy, seed=0)
+    assert len(spy.calls) == 12
+    assert all((rows >= 0).any() for rows, _ in spy.calls)
 
 
 def by_hand(
@@ -310,6 +322,7 @@ def test_features_and_labels_are_left_as_they_were():
         ({"lr": 0.0}, "lr"),
         ({"momentum": 1.0}, "momentum"),
         ({"momentum": -0.1}, "momentum"),
+        ({"replay": -1}, "replay"),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_by_name(changes: dict[str, Any], name: str):

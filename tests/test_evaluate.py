@@ -15,7 +15,15 @@ from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_s
 from torch import nn
 
 from csc_gpu.backend import open_backend
-from csc_gpu.evaluate import Fraction, accuracy_and_attack, detection, outputs, share, virtual_rate
+from csc_gpu.evaluate import (
+    Fraction,
+    accuracy_and_attack,
+    detection,
+    outputs,
+    share,
+    unlabelled,
+    virtual_rate,
+)
 from csc_gpu.types import AnswerKey
 
 CPU = open_backend("cpu", 1)
@@ -239,27 +247,29 @@ def test_the_key_is_left_as_it_was():
 def test_logits_come_in_the_order_of_the_images(monkeypatch: pytest.MonkeyPatch):
     first = np.random.default_rng(0).integers(0, 4, 50)
     monkeypatch.setattr("csc_gpu.evaluate.BATCH", 7)
-    logits = outputs(Reader(4), pictures(first), CPU)
+    logits = outputs(Reader(4), unlabelled(pictures(first)), CPU)
     assert logits.shape == (50, 4)
     assert logits.dtype == np.float32
     assert logits.argmax(1).tolist() == first.tolist()
 
 
 def test_no_images_have_no_logits():
-    assert outputs(Reader(4), pictures([]), CPU).shape == (0, 4)
+    assert outputs(Reader(4), unlabelled(pictures([])), CPU).shape == (0, 4)
 
 
 def test_models_are_judged_in_eval_mode():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(12, 4))
     model.n_outputs = 4
-    images = pictures([1, 2, 3])
+    images = unlabelled(pictures([1, 2, 3]))
     assert (outputs(model, images, CPU) == outputs(model, images, CPU)).all()
 
 
 def test_the_virtual_rate_counts_images_sent_to_the_virtual_class():
-    assert virtual_rate(Reader(4), pictures([0, VIRTUAL, VIRTUAL, 1]), 3, CPU) == Fraction(2, 4)
-    assert virtual_rate(Reader(3), pictures([0, 1]), 3, CPU) == Fraction(0, 2)
-    assert virtual_rate(Reader(4), pictures([]), 3, CPU).value is None
+    assert virtual_rate(
+        Reader(4), unlabelled(pictures([0, VIRTUAL, VIRTUAL, 1])), 3, CPU
+    ) == Fraction(2, 4)
+    assert virtual_rate(Reader(3), unlabelled(pictures([0, 1])), 3, CPU) == Fraction(0, 2)
+    assert virtual_rate(Reader(4), unlabelled(pictures([])), 3, CPU).value is None
 
 
 # --------------------------------------------------------------------------------------- detection

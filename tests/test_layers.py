@@ -17,9 +17,9 @@ LAYERS = (
     {"models", "train", "features"},
     {"segregate", "conceal"},
     {"csc", "attacks", "defenses", "sources"},
-    {"answers", "evaluate"},
+    {"answers", "evaluate", "plan"},
     {"run", "progress"},
-    {"pipeline"},
+    {"pipeline", "bench"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

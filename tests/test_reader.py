@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from csc_gpu import data
-from csc_gpu.backend import reader
+from csc_gpu.backend import Decoder, cpu, reader
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import Split
 
@@ -35,9 +36,10 @@ def world(folder: Path, height: int = 6, width: int = 5) -> Path:
     return folder
 
 
-def read(source: Path, size: int = 0, **how: Any) -> Split:
-    settings = data.Settings(size=size)
-    return reader.read(data.open_source(str(source), settings), settings, threads=2, **how)
+def read(source: Path, size: int = 0, room: int | None = None, **how: Any) -> Split:
+    settings, decoder = data.Settings(size=size), Decoder(torch.device("cpu"), threads=2)
+    split = data.open_source(str(source), settings)
+    return reader.read(split, settings, decoder=decoder, room=lambda: room, **how)
 
 
 def test_every_row_has_the_pixels_of_its_file(tmp_path: Path) -> None:
@@ -147,28 +149,78 @@ def test_sound_files_are_remembered_where_the_caller_says(tmp_path: Path) -> Non
 # ---------------------------------------------------------------------------------- memory, arrays
 
 
-def test_pixels_that_do_not_fit_are_refused_with_a_size_that_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader, "MEMINFO", tmp_path / "meminfo")
-    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 1 kB\n")
+def test_pixels_that_do_not_fit_are_refused_with_a_size_that_does(tmp_path: Path) -> None:
     corpus = world(tmp_path / "corpus")
     said = r"need 720 bytes at 6x5, more than 50% of the 1024 bytes .* --set data\.size=4 "
     with pytest.raises(CorpusError, match=said):
-        read(corpus)
-    assert read(corpus, size=4).train.images.shape[1:3] == (4, 4)
+        read(corpus, room=1024)
+    assert read(corpus, size=4, room=1024).train.images.shape[1:3] == (4, 4)
 
 
-def test_where_free_memory_is_unknown_nothing_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reader, "MEMINFO", tmp_path / "none")
-    assert len(read(world(tmp_path / "corpus")).train) == 6
+def test_where_free_memory_is_unknown_nothing_is_refused(tmp_path: Path) -> None:
+    assert len(read(world(tmp_path), room=None).train.images) == 6
 
 
 def test_this_machine_has_free_memory() -> None:
-    free = reader._free_memory()
+    free = cpu.free_memory()
     assert free is None or free > 2**20
+
+
+def test_free_memory_is_what_linux_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "MEMINFO", tmp_path / "meminfo")
+    assert cpu.free_memory() is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 2 kB\n")
+    assert cpu.free_memory() == 2048
+
+
+def test_files_that_may_be_streamed_stay_on_disk_if_their_pixels_do_not_fit(
+    tmp_path: Path,
+) -> None:
+    told: list[tuple[str, dict[str, object]]] = []
+
+    def log(event: str, **fields: object) -> None:
+        told.append((event, fields))
+
+    broken_world(tmp_path, "train/a/2.png")
+    n_bytes = 3 * 6 * 5 * 7
+    split = read(tmp_path, room=2 * n_bytes - 1, may_stream=True, skip_broken=True, log=log)
+    for part, n in ((split.train, 5), (split.test, 2)):
+        assert part.pixels is None and len(part.files) == len(part) == n
+        assert part.read_at == part.image_size == (6, 5)
+    assert [fields for event, fields in told if event == "stream"] == [
+        {"bytes": n_bytes, "room": 2 * n_bytes - 1}
+    ]
+    assert "decode" not in dict(told)
+
+
+def test_pixels_that_fit_are_resident_even_if_they_may_be_streamed(tmp_path: Path) -> None:
+    split = read(world(tmp_path), room=2 * 720, may_stream=True)
+    assert split.train.images.shape == (6, 6, 5, 3) and split.train.read_at is None
+
+
+def test_arrays_are_never_streamed(tmp_path: Path) -> None:
+    path = array_corpus(tmp_path / "x.npz", 9)
+    with pytest.raises(CorpusError, match=r"need 450 bytes at 5x5"):
+        read(path, size=5, room=10, may_stream=True)
+    assert read(path, room=10).train.images.shape == (4, 9, 9, 3)  # they are there already
+
+
+def test_the_decoder_of_the_machine_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Decoder] = []
+
+    def decode(files: list[Path], *, decoder: Decoder, **how: object) -> torch.Tensor:
+        given.append(decoder)
+        return torch.arange(len(files)).reshape(-1, 1, 1, 1)
+
+    monkeypatch.setattr(reader, "decode", decode)
+    settings, decoder = data.Settings(), Decoder(torch.device("cuda:1"), threads=1)
+    split = data.open_source(str(world(tmp_path)), settings)
+    split = reader.read(split, settings, decoder=decoder, room=lambda: None)
+    assert given == [decoder]
+    assert split.train.images.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert split.test.images.flatten().tolist() == [6, 7]
 
 
 def array_corpus(path: Path, side: int) -> Path:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from csc_gpu.backend import Settings as BackendSettings
 from csc_gpu.backend import open_backend
 from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.errors import ConfigError, CorpusError
@@ -75,19 +76,19 @@ def test_embed_gives_the_same_distances_when_no_dimension_is_dropped():
     points = world().points
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
     for dims in (0, 19):
-        z = embed(points, dims, np)
+        z = embed(points, np.arange(len(points)), dims, np)
         assert z.dtype == np.float32
         if dims == 0:
             np.testing.assert_allclose(
                 np.linalg.norm(z[3] - z[7]), np.linalg.norm(unit[3] - unit[7]), rtol=1e-4
             )
-    assert embed(points, 16, np).shape == (len(points), 16)
+    assert embed(points, np.arange(len(points)), 16, np).shape == (len(points), 16)
 
 
 def test_embed_keeps_the_directions_of_most_variance():
     rng = np.random.default_rng(0)
     points = np.abs(rng.normal(5, 1, (200, 6))).astype(np.float32)
-    z = embed(points, 2, np)
+    z = embed(points, np.arange(len(points)), 2, np)
     unit = points / np.linalg.norm(points, axis=1, keepdims=True)
     values = np.linalg.eigvalsh(np.cov(unit.T, bias=True))[::-1]
     np.testing.assert_allclose(np.sort(z.var(axis=0))[::-1], values[:2], rtol=1e-3)
@@ -96,7 +97,7 @@ def test_embed_keeps_the_directions_of_most_variance():
 def test_a_row_of_zeros_is_no_fault():
     points = world().points
     points[0] = 0
-    assert np.isfinite(embed(points, 16, np)).all()
+    assert np.isfinite(embed(points, np.arange(len(points)), 16, np)).all()
 
 
 @pytest.mark.parametrize("rule", list(RULES))
@@ -223,7 +224,7 @@ def test_rows_too_thinly_spread_for_any_cluster_are_no_poison():
         def dbscan(self, points, *, eps, min_samples):
             return np.full(len(points), -1, np.int32)
 
-    there, thin = world(), AllNoise(1)
+    there, thin = world(), AllNoise(1, BackendSettings())
     for rule in RULES:
         chosen = Settings(rule=rule)
         sighting = observe(there.points, there.labels, 1.0, chosen, thin)

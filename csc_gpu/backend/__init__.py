@@ -1,19 +1,15 @@
 """The machine, chosen once and passed on. Where machines differ, there is a verb, not a branch.
 
-`open_backend("cpu")` is NumPy, scikit-learn and torch on the CPU. The GPU backend (CuPy, cuML, CUDA
-graphs) is the same protocol and not built yet: asking for it names what is missing.
+`open_backend("cpu")` is NumPy, scikit-learn and torch on the CPU; `open_backend("gpu")` is CuPy,
+cuML and CUDA graphs on one NVIDIA GPU, the same protocol, never replaced by the other in silence.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -21,11 +17,49 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from csc_gpu.config import require
 from csc_gpu.errors import BackendUnavailable
 from csc_gpu.types import Array, Corpus
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(inputs, labels) -> loss; updates the model."""
+"""Two tensors of fixed shapes -> one; it may update a model. What it returns belongs to it until
+the next call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a GPU is used, and how DALI reads files on either machine."""
+
+    memory: float = 0.0
+    """Most device memory to take, in GB (1e9 bytes); 0: all that is free."""
+    bf16: bool = True
+    """Train in bfloat16 where autocast finds it safe; features are float32 all the same."""
+    tf32: bool = True
+    """TensorFloat-32 in float32 convolutions and products, features included."""
+    graph: bool = True
+    """Replay concealment from a CUDA graph; false: step by step, for comparison."""
+    decode_threads: int = 0
+    """Processor threads of DALI; 0: as many as --threads."""
+    prefetch: int = 2
+    """Batches DALI works on ahead."""
+    hw_decoder_load: float = 0.65
+    """Share of JPEGs for the GPU's decoding unit, where it has one."""
+
+    def __post_init__(self) -> None:
+        require(self, "gpu", "0 or more", lambda value: 0 <= value < 1e9, "memory")
+        require(self, "gpu", "0 or more", lambda count: count >= 0, "decode_threads")
+        require(self, "gpu", "1 or more", lambda count: count >= 1, "prefetch")
+        require(self, "gpu", "in [0, 1]", lambda share: 0 <= share <= 1, "hw_decoder_load")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Where and how files become pixels."""
+
+    device: torch.device
+    threads: int
+    prefetch: int = 2
+    hw_load: float = 0.65
 
 
 @dataclass(frozen=True)
@@ -66,6 +100,23 @@ class Backend(Protocol):
     def usual_model(self) -> str:
         """The net that is trained here unless another is asked for."""
 
+    @property
+    def decoder(self) -> Decoder:
+        """Where DALI decodes for this machine."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether an optimiser step is one kernel here, which takes its rate from a tensor."""
+
+    def free_bytes(self) -> int | None:
+        """Bytes that pixels, features and clustering may still take; None where none can say."""
+
+    def precision(self) -> AbstractContextManager[object]:
+        """The arithmetic of a forward pass in training."""
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """A stage, named for profilers; it ends when the device has ended its work."""
+
     def batches(
         self,
         corpus: Corpus,
@@ -75,7 +126,10 @@ class Backend(Protocol):
         augment: Augment | None = None,
         rng: np.random.Generator | None = None,
     ) -> Iterator[Batch]:
-        """The rows of `order` (all, if None), `size` at a time; every one exactly once."""
+        """The rows of `order` (all, if None), `size` at a time; every one exactly once.
+
+        Pixels that are resident are gathered, files are read on the way.
+        """
 
     def array(self, tensor: torch.Tensor) -> Array:
         """The tensor as an array of xp, without a copy."""
@@ -87,31 +141,34 @@ class Backend(Protocol):
         """The one way down from the device."""
 
     def dbscan(self, points: Array, *, eps: float, min_samples: int) -> Array:
-        """Exact DBSCAN, euclidean. (N,) int32, -1 for noise"""
+        """Exact DBSCAN, euclidean, of (N, D) float32 in C order. (N,) int32, -1 for noise"""
 
     def neighbors(self, points: Array, k: int, queries: Array) -> Array:
         """Distance of each query to its k-th neighbour among the points, itself counted. (len,)"""
 
     def captured(self, step: Step) -> Step:
-        """The step as a CUDA graph, or the step itself: one contract."""
+        """The step as a CUDA graph, or the step itself: one contract (see captured.py)."""
 
 
-def open_backend(name: str, threads: int = 0) -> Backend:
+def open_backend(name: str, threads: int = 0, settings: Settings | None = None) -> Backend:
     """The backend "cpu" or "gpu"; threads 0 takes every core this process may use.
 
-    Raises BackendUnavailable, which names what is missing.
+    Raises BackendUnavailable, which names what is missing and the command that adds it.
     """
+    threads, settings = threads or usable_cores(), settings or Settings()
     if name == "cpu":
         from csc_gpu.backend.cpu import CpuBackend
 
-        return CpuBackend(threads or usable_cores())
-    raise BackendUnavailable(f"{_missing_for_gpu()}; pass --cpu to run on this machine's processor")
+        return CpuBackend(threads, settings)
+    from csc_gpu.backend import doctor
 
+    lacking = doctor.missing_for_gpu()
+    if lacking:
+        told = "; ".join(f"{lack.what} ({lack.remedy})" for lack in lacking)
+        raise BackendUnavailable(f"{told}; mend that, or pass --cpu")
+    from csc_gpu.backend.gpu import open_gpu
 
-def readiness() -> dict[str, str]:
-    """Whether each backend can be opened here, and if not, why."""
-    missing = _missing_for_gpu()
-    return {"backend cpu": "ready", "backend gpu": f"not ready: {missing}"}
+    return open_gpu(threads, settings)
 
 
 def usable_cores() -> int:
@@ -120,51 +177,3 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         return os.cpu_count() or 1
-
-
-def _missing_for_gpu() -> str:
-    absent = [name for name in ("cupy", "cuml") if importlib.util.find_spec(name) is None]
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU can be used here (torch.cuda.is_available() is false)"
-    if absent:
-        return f"the GPU backend needs {' and '.join(absent)}, which is not installed"
-    return "a GPU is here, but this version has no GPU backend yet"
-
-
-def describe() -> dict[str, str]:
-    """Which machine this is and which versions are installed, for the summary and `doctor`."""
-    found = {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": str(usable_cores()),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
-    }
-    for package in ("csc-gpu", "torch", "torchvision", "numpy", "scikit-learn", *_OPTIONAL):
-        found[package] = version(package) or "not installed"
-    found["nvidia-dali"] = next((v for v in map(version, _DALI) if v), "not installed")
-    found["cupy"] = next((v for v in map(version, _CUPY) if v), "not installed")
-    found["cuml"] = next((v for v in map(version, _CUML) if v), "not installed")
-    return found
-
-
-def _processor() -> str:
-    """The processor's name, where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
-
-
-_OPTIONAL = ("pillow", "safetensors")
-_DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-_CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
-_CUML = ("cuml-cu13", "cuml-cu12", "cuml")
-
-
-def version(package: str) -> str | None:
-    """The installed version of a package, by its registry name; None if it is not there."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +14,10 @@ from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 from sklearn.neighbors import NearestNeighbors
 
-from csc_gpu.backend import Augment, Batch, Step, resident
+from csc_gpu.backend import Augment, Batch, Decoder, Settings, Step, loader, resident
 from csc_gpu.types import Array, Corpus
+
+MEMINFO = Path("/proc/meminfo")
 
 
 class CpuBackend:
@@ -22,10 +27,24 @@ class CpuBackend:
     xp: ModuleType = np
     device = torch.device("cpu")
     usual_model = "resnet8"
+    fused = False
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, settings: Settings) -> None:
         self.threads = threads
+        self.decoder = Decoder(self.device, settings.decode_threads or threads, settings.prefetch)
         torch.set_num_threads(threads)
+
+    def free_bytes(self) -> int | None:
+        """See Backend.free_bytes: what can be taken without swapping, as Linux counts it."""
+        return free_memory()
+
+    def precision(self) -> AbstractContextManager[object]:
+        """See Backend.precision."""
+        return nullcontext()
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        """See Backend.stage."""
+        return nullcontext()
 
     def batches(
         self,
@@ -37,7 +56,10 @@ class CpuBackend:
         rng: np.random.Generator | None = None,
     ) -> Iterator[Batch]:
         """See Backend.batches."""
-        return resident.batches(corpus, size, self.device, order=order, augment=augment, rng=rng)
+        how: dict[str, Any] = {"order": order, "augment": augment, "rng": rng}
+        if corpus.pixels is None:
+            return loader.stream(corpus, size, self.decoder, **how)
+        return resident.batches(torch.from_numpy(corpus.pixels), corpus.labels, size, **how)
 
     def array(self, tensor: torch.Tensor) -> Array:
         """See Backend.array."""
@@ -64,3 +86,11 @@ class CpuBackend:
     def captured(self, step: Step) -> Step:
         """See Backend.captured."""
         return step
+
+
+def free_memory() -> int | None:
+    """Bytes of main memory that can be taken without swapping; None where Linux does not tell."""
+    if not MEMINFO.exists():
+        return None
+    lines = MEMINFO.read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -10,6 +10,9 @@ headers that DALI refuses. So a file must pass Pillow, which says what is wrong,
 
 Where DALI cannot be installed (macOS, Windows) Pillow does both jobs under the same contract. At an
 equal size the pixels agree (16-bit colour: to one level); after shrinking they are close, no more.
+
+On a CUDA device the same pipeline decodes and resizes there, and the pixels never come to the host.
+No GPU has run it yet; broken files are looked for on the host all the same.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import json
 import os
 import stat
 import struct
+import sys
 import tempfile
 import warnings
 import zlib
@@ -33,10 +37,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
+from csc_gpu.backend import Augment, Batch, Decoder, resident
+from csc_gpu.backend.passes import Changes, draw, even_parts
 from csc_gpu.errors import CorpusError
+from csc_gpu.types import Array, Corpus
 
 Progress = Callable[[int, int], None]
 """progress(done, total), in files; called from the caller's own thread."""
@@ -47,8 +55,6 @@ CHECKED_TOGETHER = 64
 """Files that one thread checks in one go: enough to pay for a DALI pipeline (about 5 ms)."""
 DECODED_BYTES = 1 << 29
 """Most memory for the decoded images of one batch: 256 photos of 12 megapixels would take 9 GB."""
-BATCHES_AHEAD = 2
-"""Batches DALI works on while one is copied out."""
 CACHE_VERSION = 2
 """Raise it when `find_broken` becomes stricter: older caches are then ignored."""
 
@@ -282,94 +288,202 @@ def decode(
     *,
     height: int,
     width: int,
+    decoder: Decoder,
     batch: int = 256,
-    threads: int = 2,
-    shuffle: bool = False,
     progress: Progress | None = None,
-) -> NDArray[np.uint8]:
+) -> Array:
     """Decode and resize all files. (N, height, width, 3) uint8 RGB, row i is paths[i]
 
-    `shuffle` changes the order of reading and nothing else. `batch` shrinks for large photos.
-    Raises CorpusError for a file that `find_broken` would name.
+    NumPy with a decoder on the processor; a torch tensor on the decoder's device otherwise.
+    `batch` shrinks for large photos. Raises CorpusError for a file that `find_broken` would name.
     """
     total = len(paths)
-    out = np.empty((total, height, width, 3), dtype=np.uint8)
-    if total == 0:
-        return out
-    seen = np.zeros(total, dtype=np.int64)
-    largest = 3 * int(image_sizes(paths).prod(axis=1).max())  # bytes
-    batch = max(1, min(batch, total, DECODED_BYTES // largest))
-    batches = _decode_dali if _has_dali() else _decode_pil
-    for rows, images in batches(paths, height, width, batch, threads, shuffle):
-        out[rows] = images
-        np.add.at(seen, rows, 1)
-        if progress is not None:
-            progress(int(seen.sum()), total)
-    if (seen != 1).any():
-        raise RowsMismatch(f"rows not seen exactly once: {np.flatnonzero(seen != 1)[:9].tolist()}")
-    return out
+    out = torch.empty((total, height, width, 3), dtype=torch.uint8, device=decoder.device)
+    if total:
+        largest = 3 * int(image_sizes(paths).prod(axis=1).max())  # bytes
+        batch = max(1, min(batch, total, DECODED_BYTES // largest))
+        reading = Reading(paths, np.arange(total), height, width, batch, decoder)
+        runs = _read(reading)
+        for run in range(reading.n_runs):
+            wanted = reading.rows[reading.part(run)]
+            images = _expected(runs, wanted)
+            out[wanted[0] : wanted[-1] + 1] = images
+            if progress is not None:
+                progress(int(wanted[-1]) + 1, total)
+    return out.numpy() if out.device.type == "cpu" else out
 
 
-Batches = Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]
-"""(rows, images) with shapes (B,) and (B, H, W, 3); images may be overwritten by the next step."""
+def stream(
+    corpus: Corpus,
+    size: int,
+    decoder: Decoder,
+    *,
+    order: NDArray[np.int64] | None,
+    augment: Augment | None,
+    rng: np.random.Generator | None,
+) -> Iterator[Batch]:
+    """The batches of `resident.batches`, read from the corpus's files on the way.
+
+    The same rows and changes from the same rng; the images are of corpus.image_size, on the
+    decoder's device. Raises CorpusError for a file that no longer decodes.
+    """
+    (height, width), device = corpus.image_size, decoder.device
+    order = np.arange(len(corpus)) if order is None else order
+    if not len(order):
+        nothing = torch.empty((0, height, width, 3), dtype=torch.uint8, device=device)
+        yield from resident.batches(
+            nothing, corpus.labels, size, order=order, augment=augment, rng=rng
+        )
+        return
+    parts = even_parts(np.arange(len(order)), size)  # positions in the order
+    batch = len(parts[0])
+    # every run of DALI is of one size: the shorter parts repeat their last row, which is dropped
+    at = np.concatenate([np.pad(part, (0, batch - len(part)), mode="edge") for part in parts])
+    drawn = draw(augment, rng, parts)
+    changes = None if drawn is None else Changes(drawn.mirrored[at], drawn.by[:, at])
+    files = [corpus.files[row] for row in order[at]]
+    reading = Reading(files, order[at], height, width, batch, decoder, changes=changes)
+    all_rows = torch.from_numpy(order).to(device)
+    all_labels = torch.from_numpy(corpus.labels).to(device)[all_rows]
+    runs = _read(reading)
+    for part in parts:
+        here = slice(part[0], part[-1] + 1)
+        images = _expected(runs, order[part])
+        yield Batch(resident.to_float(images), all_labels[here], all_rows[here])
 
 
-def _decode_dali(
-    paths: Sequence[Path], height: int, width: int, batch: int, threads: int, shuffle: bool
-) -> Batches:
-    """Every file once, by DALI."""
-    total, done = len(paths), 0
-    n_batches = -(-total // batch)
-    build = partial(_file_pipeline, paths, height, width, batch, threads, shuffle)
-    pipeline = _or_blame(build, paths)
-    for _ in range(min(BATCHES_AHEAD, n_batches)):
-        _or_blame(pipeline.schedule_run, paths)
-    for number in range(n_batches):
-        unseen = paths if shuffle else paths[done:]
-        images, rows = _or_blame(pipeline.share_outputs, unseen)
-        n_new = min(batch, total - done)  # the reader fills the last batch up with copies
-        yield rows.as_array()[:n_new, 0].astype(np.int64), images.as_array()[:n_new]
-        done += n_new
+def _expected(runs: Runs, wanted: NDArray[np.int64]) -> torch.Tensor:
+    """The images of the next run, which must be of these rows; what fills it up is dropped."""
+    rows, images = next(runs, (wanted[:0], torch.empty(0)))
+    if not np.array_equal(rows[: len(wanted)], wanted):
+        raise RowsMismatch(f"not the rows {wanted[:9].tolist()}: {rows[:9].tolist()}")
+    return images[: len(wanted)]
+
+
+def release() -> None:
+    """Give the memory that DALI keeps unused back to the driver; nothing where DALI was not used.
+
+    Not yet run on a GPU.
+    """
+    if "nvidia.dali" in sys.modules:
+        importlib.import_module("nvidia.dali.backend").ReleaseUnusedMemory()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One pass over files, in runs of equal length."""
+
+    paths: Sequence[Path]  # n, in the order of reading
+    rows: NDArray[np.int64]  # (n,) what to call them
+    height: int  # pixels, as is the width
+    width: int
+    batch: int  # files in a run
+    decoder: Decoder
+    changes: Changes | None = None  # of n images, in the order of paths
+
+    @property
+    def n_runs(self) -> int:
+        """How many runs it takes, the last one filled up or short."""
+        return -(-len(self.paths) // self.batch)
+
+    def part(self, run: int) -> slice:
+        """The places in `paths` of a run, counted from 0, if the order is kept."""
+        return slice(run * self.batch, (run + 1) * self.batch)
+
+
+Runs = Iterator[tuple[NDArray[np.int64], torch.Tensor]]
+"""(rows, images) with shapes (B,) and (B, H, W, 3) uint8, the images on the decoder's device; they
+may be overwritten by the next step."""
+
+
+def _read(reading: Reading) -> Runs:
+    """Every file once, by DALI if it is installed."""
+    return _read_dali(reading) if _has_dali() else _read_pil(reading)
+
+
+def _read_dali(reading: Reading) -> Runs:
+    """Every file once, by DALI. With a CUDA device not yet run on a GPU."""
+    device = reading.decoder.device
+    ahead = min(reading.decoder.prefetch, reading.n_runs)
+    pipeline = _pipeline(reading, ahead)
+    for number in range(reading.n_runs):
+        # what is read ahead may break ahead, and DALI's reader is one run ahead of the pipeline
+        near = slice(reading.part(number).start, reading.part(number + ahead + 1).stop)
+        suspects = reading.paths[near]
+        if number == 0:
+            _or_blame(pipeline.schedule_run, suspects)  # the first call schedules `ahead` runs
+        current = None if device.type == "cpu" else torch.cuda.current_stream(device)
+        share = partial(pipeline.share_outputs, cuda_stream=current)
+        images, rows = _or_blame(share, suspects)
+        pixels = torch.utils.dlpack.from_dlpack(images.as_tensor())
+        yield rows.as_array()[:, 0].astype(np.int64), pixels
         pipeline.release_outputs()
-        if number + BATCHES_AHEAD < n_batches:
-            _or_blame(pipeline.schedule_run, unseen)
+        if number + ahead < reading.n_runs:
+            _or_blame(pipeline.schedule_run, suspects)
 
 
-def _file_pipeline(
-    paths: Sequence[Path], height: int, width: int, batch: int, threads: int, shuffle: bool
-) -> Any:
-    """The pipeline from files to (images, rows). Here alone a device is chosen for reading."""
-    dali = _dali()
+def _pipeline(reading: Reading, ahead: int) -> Any:
+    """The pipeline from files to (images, rows), the rows on the host.
+
+    Here alone a device is chosen for reading. Raises DALI's RuntimeError where there is no GPU.
+    """
+    dali, decoder = _dali(), reading.decoder
     pipeline = dali.Pipeline(
-        batch_size=batch,
-        num_threads=threads,
-        device_id=None,
+        batch_size=reading.batch,
+        num_threads=decoder.threads,
+        device_id=decoder.device.index,  # None on the processor
         seed=0,
-        prefetch_queue_depth=BATCHES_AHEAD,
+        prefetch_queue_depth=ahead,
     )
     with pipeline:
         encoded, rows = dali.fn.readers.file(
-            files=[os.path.abspath(path) for path in paths],
-            labels=list(range(len(paths))),
-            random_shuffle=shuffle,
+            files=[os.path.abspath(path) for path in reading.paths],
+            labels=reading.rows.tolist(),
+            random_shuffle=False,  # a pass is shuffled by the order of its files
             pad_last_batch=True,
             # not mmap, the default: a file that shrinks while it is read would be a bus error
             dont_use_mmap=True,
         )
         images = dali.fn.decoders.image(
-            encoded, device="cpu", output_type=dali.types.RGB, adjust_orientation=True
+            encoded,
+            device="cpu" if decoder.device.type == "cpu" else "mixed",
+            hw_decoder_load=decoder.hw_load,  # means nothing to the processor
+            output_type=dali.types.RGB,
+            adjust_orientation=True,
         )
         # the identity at equal size, bit for bit; a test holds DALI to it
         images = dali.fn.resize(
             images,
-            resize_y=height,
-            resize_x=width,
+            resize_y=reading.height,
+            resize_x=reading.width,
             interp_type=dali.types.INTERP_LINEAR,
             antialias=True,
         )
+        if reading.changes is not None:
+            start, mirrored = dali.fn.external_source(
+                source=_changes_of_runs(reading, reading.changes), num_outputs=2
+            )
+            images = dali.fn.slice(
+                images,
+                start=start,
+                shape=[reading.height, reading.width],
+                axes=[0, 1],
+                out_of_bounds_policy="pad",
+                fill_values=[0],
+            )
+            images = dali.fn.flip(images, horizontal=mirrored)  # of what was shifted
         pipeline.set_outputs(images, rows)
     pipeline.build()
     return pipeline
+
+
+def _changes_of_runs(
+    reading: Reading, changes: Changes
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """For each run from where its images are read, and who is mirrored. (B, 2), (B,)"""
+    for run in range(reading.n_runs):
+        here = reading.part(run)
+        yield changes.by[:, here].T.astype(np.int32), changes.mirrored[here].astype(np.int32)
 
 
 def _refused_by_dali(contents: Sequence[bytes]) -> list[int]:
@@ -415,25 +529,27 @@ def _that_fit(contents: Sequence[bytes]) -> Iterator[list[int]]:
         yield group
 
 
-def _decode_pil(
-    paths: Sequence[Path], height: int, width: int, batch: int, threads: int, shuffle: bool
-) -> Batches:
+def _read_pil(reading: Reading) -> Runs:
     """Every file once, by Pillow, where there is no DALI."""
-    total = len(paths)
-    order = np.random.default_rng(0).permutation(total) if shuffle else np.arange(total)
-    read = partial(_read_pil, height=height, width=width)
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, total, batch):
-            rows = order[start : start + batch].astype(np.int64)
+    decoded = partial(_decoded_pil, height=reading.height, width=reading.width)
+    with ThreadPoolExecutor(reading.decoder.threads) as pool:
+        for run in range(reading.n_runs):
+            here = reading.part(run)
+            paths = reading.paths[here]
             images = []
-            for row, image in zip(rows, pool.map(read, [paths[row] for row in rows]), strict=True):
+            for path, image in zip(paths, pool.map(decoded, paths), strict=True):
                 if image is None:
-                    raise _blame(paths[row])
+                    raise _blame(path)
                 images.append(image)
-            yield rows, np.stack(images)
+            pixels = torch.from_numpy(np.stack(images))
+            if reading.changes is not None:
+                by = torch.from_numpy(reading.changes.by[:, here])
+                mirrored = torch.from_numpy(reading.changes.mirrored[here])
+                pixels = resident.changed(pixels, mirrored, by, int(by.abs().max()))
+            yield reading.rows[here], pixels.to(reading.decoder.device)
 
 
-def _read_pil(path: Path, height: int, width: int) -> NDArray[np.uint8] | None:
+def _decoded_pil(path: Path, height: int, width: int) -> NDArray[np.uint8] | None:
     """One file by Pillow, None when it does not decode. (height, width, 3)"""
     try:
         with Image.open(path, formats=FORMATS) as image:

@@ -1,11 +1,13 @@
-"""From a source to resident pixels: leave out what is broken, choose one size, decode.
+"""From a source to pixels of one size: leave out what is broken, choose the size, decode.
 
-The training rows decide the size, for a defender has no others. Both parts are read alike.
+The training rows decide the size, for a defender has no others. Both parts are read alike. Files
+whose pixels would not fit may stay on disk; `backend.loader.stream` then reads them on the way.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from csc_gpu import data
+from csc_gpu.backend import Decoder
 from csc_gpu.backend.loader import decode, find_broken, image_sizes
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import Corpus, Log, Split, quiet
@@ -23,38 +26,51 @@ LARGEST_SIDE = 224
 SMALLEST_SIDE = 4
 """Smaller images leave the nets nothing to pool, in pixels."""
 SHARE_OF_MEMORY = 0.5
-"""Most of the free memory that pixels may take: training, and poisoning, need the rest."""
+"""Most of the room that pixels may take: training, and poisoning, need the rest."""
 NAMED = 3
 """Broken files that an error names; it counts the others."""
-MEMINFO = Path("/proc/meminfo")
 
 
 def read(
     split: Split,
     settings: data.Settings,
     *,
-    threads: int,
+    decoder: Decoder,
+    room: Callable[[], int | None],
+    may_stream: bool = False,
     skip_broken: bool = False,
     cache: Path | None = None,
     log: Log = quiet,
 ) -> Split:
     """The same split with its pixels in memory, all of one size; `cache` remembers sound files.
 
+    `room` tells how many bytes are free where the pixels go, None if nobody knows. Files whose
+    pixels would take too much of it stay on disk if they may be streamed: read_at is then set.
     Raises CorpusError for files that do not decode, unless they are to be left out, and for pixels
-    that do not fit into memory.
+    that fit neither way.
     """
     if split.train.files:
-        split = _without_broken(split, threads, skip_broken, cache, log)
-    height, width = _common_size(split.train, settings.size)
+        split = _without_broken(split, decoder.threads, skip_broken, cache, log)
+    height, width = common_size(split.train, settings.size)
     if min(height, width) < SMALLEST_SIDE:
         raise CorpusError(
             f"images of {height}x{width} pixels are too small; --set data.size=32 enlarges them"
         )
     if split.train.pixels is not None and split.train.pixels.shape[1:3] == (height, width):
         return split
-    _refuse_too_large(len(split.train) + len(split.test), height, width)
+    n_bytes = 3 * height * width * (len(split.train) + len(split.test))
+    free = room()
+    if free is not None and n_bytes > SHARE_OF_MEMORY * free:
+        if not (may_stream and split.train.files):
+            raise _too_large(n_bytes, height, width, free)
+        log("stream", bytes=n_bytes, room=free)
+        return replace(
+            split,
+            train=replace(split.train, read_at=(height, width)),
+            test=replace(split.test, read_at=(height, width)),
+        )
     if split.train.files:
-        return _decoded(split, height, width, threads, log)
+        return _decoded(split, height, width, decoder, log)
     return replace(
         split,
         train=replace(split.train, pixels=_resized(split.train.images, height, width)),
@@ -91,7 +107,7 @@ def _without_broken(
     return data.checked(Split(train, test, broken), "without the broken files")
 
 
-def _common_size(train: Corpus, size: int) -> tuple[int, int]:
+def common_size(train: Corpus, size: int) -> tuple[int, int]:
     """Height and width for every image: as asked, as they all are, or the median as a square."""
     if size:
         return size, size
@@ -103,35 +119,23 @@ def _common_size(train: Corpus, size: int) -> tuple[int, int]:
     return side, side
 
 
-def _refuse_too_large(n_images: int, height: int, width: int) -> None:
-    """Raise CorpusError if the pixels of so many images would take too much of the free memory."""
-    free = _free_memory()
-    n_bytes = 3 * height * width * n_images
-    if free is None or n_bytes <= SHARE_OF_MEMORY * free:
-        return
+def _too_large(n_bytes: int, height: int, width: int, free: int) -> CorpusError:
+    """The error for pixels that take too much of the free memory, with a size that would not."""
     fitting = math.isqrt(int(height * width * SHARE_OF_MEMORY * free) // n_bytes)
-    raise CorpusError(
+    return CorpusError(
         f"the pixels need {n_bytes} bytes at {height}x{width}, more than {SHARE_OF_MEMORY:.0%} of "
         f"the {free} bytes of free memory; "
         f"make them smaller with --set data.size={fitting} (poison: --size {fitting})"
     )
 
 
-def _free_memory() -> int | None:
-    """Bytes that can be taken without swapping, as Linux counts them; None on other systems."""
-    if not MEMINFO.exists():
-        return None
-    lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-
-
-def _decoded(split: Split, height: int, width: int, threads: int, log: Log) -> Split:
+def _decoded(split: Split, height: int, width: int, decoder: Decoder, log: Log) -> Split:
     """The same split with the pixels of its files, (N, height, width, 3)."""
     pixels = decode(
         [*split.train.files, *split.test.files],
         height=height,
         width=width,
-        threads=threads,
+        decoder=decoder,
         progress=lambda done, total: log("decode", done=done, total=total),
     )
     n_train = len(split.train)

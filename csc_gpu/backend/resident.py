@@ -1,8 +1,7 @@
-"""Batches of a corpus whose pixels are resident: gathered, shifted and flipped as whole tensors."""
+"""Batches of resident pixels: gathered, shifted and flipped as whole tensors on their device."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from csc_gpu.backend import Augment, Batch
-from csc_gpu.types import Corpus
+from csc_gpu.backend.passes import draw, even_parts
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -19,42 +18,48 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def batches(
-    corpus: Corpus,
+    pixels: torch.Tensor,
+    labels: NDArray[np.int64],
     size: int,
-    device: torch.device,
     *,
     order: NDArray[np.int64] | None,
     augment: Augment | None,
     rng: np.random.Generator | None,
 ) -> Iterator[Batch]:
-    """The rows of `order`, each exactly once, in even batches of at most `size`.
+    """The rows of `order` of pixels (N, H, W, 3), each exactly once, in even batches.
 
-    Even, because a last batch of one row would leave BatchNorm nothing to normalise over.
+    Rows, labels and changes go up to the device once, before the first batch.
     """
-    pixels = torch.from_numpy(corpus.images).to(device)
-    labels = torch.from_numpy(corpus.labels).to(device)
-    if order is None:
-        order = np.arange(len(corpus))
-    for part in np.array_split(order, max(1, math.ceil(len(order) / size))):
-        rows = torch.from_numpy(part).to(device)
+    device = pixels.device
+    order = np.arange(len(labels)) if order is None else order
+    parts = even_parts(order, size)
+    changes = draw(augment, rng, parts)
+    all_labels = torch.from_numpy(labels).to(device)
+    all_rows = torch.from_numpy(order).to(device)
+    if changes is not None:
+        mirrored = torch.from_numpy(changes.mirrored).to(device)
+        by = torch.from_numpy(changes.by).to(device)
+    start = 0
+    for part in parts:
+        here = slice(start, start + len(part))
+        start = here.stop
+        rows = all_rows[here]
         images = pixels[rows]
-        if augment is not None:
-            assert rng is not None, "augmentation draws from rng"
-            images = _augmented(images, augment, rng)
-        yield Batch(to_float(images), labels[rows], rows)
+        if changes is not None and augment is not None:
+            images = changed(images, mirrored[here], by[:, here], augment.shift)
+        yield Batch(to_float(images), all_labels[rows], rows)
 
 
-def _augmented(images: torch.Tensor, augment: Augment, rng: np.random.Generator) -> torch.Tensor:
+def changed(
+    images: torch.Tensor, mirrored: torch.Tensor, by: torch.Tensor, reach: int
+) -> torch.Tensor:
+    """Each image mirrored or not and read `by` pixels further on; outside is black."""
     count, height, width, _ = images.shape
     device = images.device
     y = torch.arange(height, device=device).expand(count, height)
     x = torch.arange(width, device=device).expand(count, width)
-    if augment.flip:
-        mirrored = torch.from_numpy(rng.random(count) < 0.5).to(device)
-        x = torch.where(mirrored[:, None], width - 1 - x, x)
-    if augment.shift:
-        reach = augment.shift
-        by = torch.from_numpy(rng.integers(-reach, reach + 1, size=(2, count))).to(device)
+    x = torch.where(mirrored[:, None], width - 1 - x, x)
+    if reach:
         images = torch.nn.functional.pad(images, (0, 0, reach, reach, reach, reach))
         y, x = y + by[0, :, None] + reach, x + by[1, :, None] + reach
     batch = torch.arange(count, device=device)[:, None, None]

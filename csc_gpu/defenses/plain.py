@@ -12,7 +12,7 @@ def defend(
     view: DefenderView, settings: csc.Settings, backend: Backend, *, seed: int, log: Log = quiet
 ) -> Outcome:
     """Train as CSC does, and look at nothing."""
-    clock = csc.Stopwatch()
+    clock = csc.Stopwatch(backend)
     model = csc.fresh_model(view.train, settings, backend, seed=seed)
     with clock("train"):
         for at in train(model, view.train, settings.train, backend, seed=seed):

@@ -1,0 +1,294 @@
+"""The backend on one NVIDIA GPU: CuPy arrays, cuML's DBSCAN on them, concealment as a CUDA graph.
+
+`GpuBackend` decides; `Cuda` is the driver's edge, the only code that calls the CUDA side of torch,
+CuPy, cuML and RMM. Tests without a GPU put a fake in its place. No GPU has run `Cuda` yet: it was
+checked against the signatures of cuML 26.10, CuPy 14.2, RMM 26.10 and torch 2.15 alone.
+
+Memory: torch keeps its own allocator; CuPy and cuML share one RMM pool that is bounded and gives
+unused memory back. Before clustering torch's cache is emptied, and clustering gets what is then
+free less what torch had at its peak, so that training finds its memory again.
+
+Order: all work runs on the default stream of torch and CuPy. Tensors and arrays pass by DLPack,
+which makes one stream wait for the other wherever a caller uses another; cuML has streams of its
+own, so the device is synchronised before it starts, and cuML does so before it returns.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from csc_gpu.backend import Augment, Batch, Decoder, Settings, Step, loader, resident
+from csc_gpu.backend.captured import Captured, Graphs
+from csc_gpu.backend.workspace import Workspace, with_less, workspace
+from csc_gpu.errors import BackendUnavailable
+from csc_gpu.types import Array, Corpus
+
+MARGIN = 256_000_000
+"""Bytes never handed to clustering: kernels, handles and fragments take some."""
+POOL_KEEPS = 64_000_000
+"""Bytes the RMM pool may keep unused: more goes back to the driver, where torch finds it."""
+QUERIES = 4096
+"""Rows asked for neighbours at a time: cuML returns every distance up to the k-th."""
+
+
+class Driver(Graphs, Protocol):
+    """What differs between a GPU and its fake."""
+
+    xp: ModuleType
+    device: torch.device
+
+    def free_bytes(self) -> int:
+        """Bytes that arrays may still take within the limit, torch's cache left to torch."""
+
+    def dbscan(self, points: Array, eps: float, min_samples: int, space: Workspace) -> Array:
+        """Cluster numbers of cuML, int32 or int64. (N,)"""
+
+    def distances(self, points: Array, queries: Array, k: int) -> Array:
+        """Distance to each of the k nearest points, ascending. (len(queries), k)"""
+
+    def out_of_memory(self, fault: Exception) -> bool:
+        """Whether this says that the device's memory did not suffice."""
+
+    def synchronise(self) -> None:
+        """Wait for everything the device was given."""
+
+    def mark(self, name: str) -> AbstractContextManager[object]:
+        """An NVTX range."""
+
+
+class GpuBackend:
+    """One NVIDIA GPU; the same verbs as the CPU's."""
+
+    name = "gpu"
+    usual_model = "resnet18"
+    fused = True
+
+    def __init__(self, driver: Driver, threads: int, settings: Settings) -> None:
+        self._driver = driver
+        self._settings = settings
+        self._uploaded: tuple[Array, torch.Tensor] | None = None
+        self.threads = threads
+        self.xp = driver.xp
+        self.device = driver.device
+        self.decoder = Decoder(
+            driver.device,
+            settings.decode_threads or threads,
+            settings.prefetch,
+            settings.hw_decoder_load,
+        )
+
+    def free_bytes(self) -> int | None:
+        """See Backend.free_bytes."""
+        return self._driver.free_bytes()
+
+    def precision(self) -> AbstractContextManager[object]:
+        """See Backend.precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._settings.bf16)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """See Backend.stage."""
+        with self._driver.mark(f"csc {name}"):
+            yield
+            self._driver.synchronise()
+
+    def batches(
+        self,
+        corpus: Corpus,
+        size: int,
+        *,
+        order: NDArray[np.int64] | None = None,
+        augment: Augment | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Iterator[Batch]:
+        """See Backend.batches."""
+        how: dict[str, Any] = {"order": order, "augment": augment, "rng": rng}
+        if corpus.pixels is None:
+            return loader.stream(corpus, size, self.decoder, **how)
+        return resident.batches(self._on_device(corpus.pixels), corpus.labels, size, **how)
+
+    def _on_device(self, pixels: Array) -> torch.Tensor:
+        """The pixels, sent up once: the last corpus that was asked for stays."""
+        if isinstance(pixels, torch.Tensor):
+            return pixels.to(self.device)
+        if self._uploaded is None or self._uploaded[0] is not pixels:
+            self._uploaded = None  # frees the last corpus first
+            self._uploaded = pixels, torch.from_numpy(pixels).to(self.device)
+        return self._uploaded[1]
+
+    def array(self, tensor: torch.Tensor) -> Array:
+        """See Backend.array."""
+        return self.xp.from_dlpack(tensor.detach())
+
+    def tensor(self, array: Array) -> torch.Tensor:
+        """See Backend.tensor."""
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(array)
+        return tensor
+
+    def to_numpy(self, array: Array) -> NDArray[np.generic]:
+        """See Backend.to_numpy."""
+        if isinstance(array, np.ndarray):
+            return array
+        down: NDArray[np.generic] = self.xp.asnumpy(array)
+        return down
+
+    def dbscan(self, points: Array, *, eps: float, min_samples: int) -> Array:
+        """See Backend.dbscan; raises DeviceTooSmall if no batch fits."""
+        points = self.xp.ascontiguousarray(points, dtype=self.xp.float32)
+        n, d = points.shape
+        space = workspace(n, d, self._driver.free_bytes())
+
+        def run(space: Workspace) -> Array:
+            return self._driver.dbscan(points, eps, min_samples, space)
+
+        return with_less(run, space, self._driver.out_of_memory).astype(self.xp.int32)
+
+    def neighbors(self, points: Array, k: int, queries: Array) -> Array:
+        """See Backend.neighbors."""
+        parts = [
+            self._driver.distances(points, queries[start : start + QUERIES], k)[:, -1]
+            for start in range(0, len(queries), QUERIES)
+        ]
+        return self.xp.concatenate(parts)
+
+    def captured(self, step: Step) -> Step:
+        """See Backend.captured; settings.graph false gives the step itself."""
+        return Captured(step, self._driver) if self._settings.graph else step
+
+
+def dbscan_arguments(
+    eps: float, min_samples: int, space: Workspace
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """For cuML's DBSCAN and its fit_predict. A test holds them to the real signatures.
+
+    Without core sample indices there is no copy of the core rows, which could be the size of the
+    features; with an explicit budget cuML does not plan on 80 % of all memory, torch's included.
+    """
+    model = {
+        "eps": eps,
+        "min_samples": min_samples,
+        "metric": "euclidean",  # cosine would change the caller's array in place
+        "algorithm": "brute",
+        "max_mbytes_per_batch": space.mbytes,
+        "calc_core_sample_indices": False,
+        "output_type": "cupy",
+    }
+    return model, {"out_dtype": space.dtype}
+
+
+def nearest_arguments(k: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """For cuML's NearestNeighbors and its kneighbors.
+
+    The second pass undoes the cancellation in |x|^2 + |y|^2 - 2xy, which would blur the radii of
+    the densest clusters.
+    """
+    model = {
+        "n_neighbors": k,
+        "algorithm": "brute",
+        "metric": "euclidean",
+        "output_type": "cupy",
+    }
+    return model, {"return_distance": True, "two_pass_precision": True}
+
+
+class Cuda:
+    """The driver's edge. Not yet run on a GPU."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.xp = importlib.import_module("cupy")
+        if not self.xp.cuda.is_available():
+            raise BackendUnavailable("CuPy finds no GPU although torch does; see csc-gpu doctor")
+        # before the allocator is set: importing cuML sets one of its own
+        self._clustering = importlib.import_module("cuml.cluster")
+        self._searching = importlib.import_module("cuml.neighbors")
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        self._limit = min(total, int(settings.memory * 1e9) or total)
+        if self._limit < total:
+            torch.cuda.set_per_process_memory_fraction(self._limit / total, self.device)
+        self._pool = _bounded_pool(self.xp, self._limit)
+        self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+        torch.backends.cudnn.allow_tf32 = settings.tf32
+        torch.backends.cudnn.benchmark = True
+
+    def free_bytes(self) -> int:
+        """See Driver.free_bytes."""
+        torch.cuda.empty_cache()
+        loader.release()
+        has = torch.cuda.memory_reserved(self.device)
+        returns_for = torch.cuda.max_memory_reserved(self.device) - has
+        free, _ = torch.cuda.mem_get_info(self.device)
+        unused = self._limit - has - int(self._pool.get_allocated_bytes())
+        return max(0, min(free, unused) - returns_for - MARGIN)
+
+    def dbscan(self, points: Array, eps: float, min_samples: int, space: Workspace) -> Array:
+        """See Driver.dbscan."""
+        model, fit = dbscan_arguments(eps, min_samples, space)
+        self.synchronise()
+        return self._clustering.DBSCAN(**model).fit_predict(points, **fit)
+
+    def distances(self, points: Array, queries: Array, k: int) -> Array:
+        """See Driver.distances."""
+        model, search = nearest_arguments(k)
+        self.synchronise()
+        found = self._searching.NearestNeighbors(**model).fit(points).kneighbors(queries, **search)
+        return found[0]
+
+    def out_of_memory(self, fault: Exception) -> bool:
+        """See Driver.out_of_memory: CuPy and RMM raise MemoryError, C++ tells it in the text."""
+        told = str(fault).lower().replace("_", " ")
+        return isinstance(fault, MemoryError | torch.OutOfMemoryError) or (
+            isinstance(fault, RuntimeError) and ("out of memory" in told or "bad alloc" in told)
+        )
+
+    def synchronise(self) -> None:
+        """See Driver.synchronise."""
+        torch.cuda.synchronize(self.device)
+
+    def mark(self, name: str) -> AbstractContextManager[object]:
+        """See Driver.mark."""
+        return torch.cuda.nvtx.range(name)
+
+    def aside(self, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """See Graphs.aside."""
+        here = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(here)
+        with torch.cuda.stream(self._side):
+            result = work()
+        here.wait_stream(self._side)
+        result.record_stream(here)
+        return result
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], object]]:
+        """See Graphs.record; thread_local, because a loader's thread may use the device."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self._side, capture_error_mode="thread_local"):
+            result = work()
+        return result, graph.replay
+
+
+def _bounded_pool(cupy: ModuleType, limit: int) -> Any:
+    """One RMM pool for CuPy and cuML, which counts, stops at the limit and gives memory back."""
+    rmm = importlib.import_module("rmm")
+    from_rmm = importlib.import_module("rmm.allocators.cupy").rmm_cupy_allocator
+    pool = rmm.mr.LimitingResourceAdaptor(
+        rmm.mr.CudaAsyncMemoryResource(release_threshold=POOL_KEEPS), limit
+    )
+    rmm.mr.set_current_device_resource(pool)
+    cupy.cuda.set_allocator(from_rmm)
+    return pool
+
+
+def open_gpu(threads: int, settings: Settings) -> GpuBackend:
+    """The backend on the current CUDA device; the packages must be there (doctor)."""
+    torch.set_num_threads(threads)
+    return GpuBackend(Cuda(settings), threads, settings)

@@ -1,0 +1,228 @@
+"""What a run will take of a device's memory, stage by stage, before any work begins.
+
+The sizes of arrays are exact. What training keeps for its backward pass is counted on a net without
+memory (torch's meta device); what libraries take besides is covered by a margin. No GPU has been
+compared with it yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from csc_gpu import csc, train
+from csc_gpu.backend.gpu import MARGIN, QUERIES
+from csc_gpu.backend.reader import SHARE_OF_MEMORY
+from csc_gpu.backend.workspace import Workspace, needed, workspace
+from csc_gpu.errors import DeviceTooSmall
+from csc_gpu.features import BATCH
+from csc_gpu.models import Net, new_model
+from csc_gpu.segregate import BLOCK
+from csc_gpu.types import Corpus
+
+FLOAT, INDEX = 4, 8  # bytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A corpus as far as memory is concerned."""
+
+    rows: int
+    height: int  # pixels
+    width: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by stage and purpose, against what there is."""
+
+    shape: Shape
+    held: Mapping[str, int]  # from the first stage to the last
+    stages: Mapping[str, Mapping[str, int]]  # what each holds besides
+    clustering: Workspace | None  # what DBSCAN gets of the rest; None if not even a row fits
+    streamed: bool  # the pixels would take too much, so files are read in every epoch
+    memory: int
+
+    def peak(self, stage: str) -> int:
+        """Bytes in use in a stage."""
+        return sum(self.held.values()) + sum(self.stages[stage].values())
+
+    @property
+    def largest(self) -> str:
+        """The stage that takes most."""
+        return max(self.stages, key=self.peak)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage fits."""
+        return self.clustering is not None and self.peak(self.largest) <= self.memory
+
+
+def shape_of(corpus: Corpus) -> Shape:
+    """The shape of a corpus that was read."""
+    return Shape(len(corpus), *corpus.image_size, corpus.n_classes)
+
+
+def plan(shape: Shape, settings: csc.Settings, memory: int) -> Plan:
+    """What each stage of csc.defend takes on a device with so many bytes to use.
+
+    settings.train.model must name a net.
+    """
+    n, chosen = shape.rows, settings.segregate
+    with torch.device("meta"):
+        model = new_model(settings.train.model, shape.classes, shape.height, seed=0)
+    weights = FLOAT * sum(value.numel() for value in model.state_dict().values())
+    pixels = 3 * shape.height * shape.width * n
+    streamed = pixels > SHARE_OF_MEMORY * memory
+    held = {
+        "pixels": 0 if streamed else pixels,
+        "labels and order": 3 * INDEX * n,
+        "weights, gradients, momentum": 3 * weights,
+        "libraries": MARGIN,
+    }
+    image = 3 * shape.height * shape.width
+    training = _kept_for_backward(model, settings, shape)
+    features = FLOAT * n * model.n_features
+    snapshots = len(settings.watch.steps(train.budget(n, settings.train)))
+    kept = features * snapshots if settings.watch.keep else 0
+    dims = chosen.pca if 0 < chosen.pca < model.n_features else model.n_features
+    k = min(n, max(chosen.min_rows, round(chosen.min_share * n)))
+    counted = snapshots * len(chosen.scales) * FLOAT * n
+    observed = {
+        "features": features,
+        "snapshots kept": kept,
+        "clusters of every snapshot and scale": counted,
+    }
+    block = min(BLOCK, n)
+    stages: dict[str, dict[str, int]] = {
+        "train": {
+            "activations": training,
+            "batch": FLOAT * image * settings.train.batch,
+        },
+        "verify": {
+            "second model": 3 * weights,
+            "activations": training,
+            "clusters of every snapshot and scale": counted,
+            "snapshots kept": kept,
+        },
+        "features": {
+            **observed,
+            "activations": _widest(model, shape) * FLOAT * BATCH * 3,
+            "batch": FLOAT * image * BATCH,
+        },
+        "cluster": {
+            **observed,
+            "order of its own": 4 * INDEX * n,
+            "embedded rows": FLOAT * n * dims,
+            "blocks": 3 * FLOAT * block * model.n_features,
+            "principal components": 4 * INDEX * model.n_features**2,
+            "neighbours": (FLOAT + INDEX) * k * min(QUERIES, n) * 2,
+        },
+        "conceal": {
+            "features": features,
+            "snapshots kept": kept,
+            "second model": weights,
+            "schedule": INDEX * n * settings.conceal.epochs,
+            "graph": FLOAT * settings.conceal.batch * (model.n_features + 4 * shape.classes) * 4
+            + 16 * (shape.classes + 1) * model.n_features * FLOAT,
+        },
+    }
+    rest = memory - sum(held.values()) - sum(stages["cluster"].values())
+    space: Workspace | None = None
+    if n >= 1 and rest > 0:
+        try:
+            space = workspace(n, dims, rest)
+        except DeviceTooSmall:
+            space = None
+    stages["cluster"]["DBSCAN, at least"] = 1_000_000 * needed(n, 1, "int32")
+    return Plan(shape, held, stages, space, streamed, memory)
+
+
+def refuse_too_small(found: Plan) -> None:
+    """Raises DeviceTooSmall, which says which stage does not fit and what would help."""
+    if found.fits:
+        return
+    stage = found.largest if found.peak(found.largest) > found.memory else "cluster"
+    parts = {**found.held, **found.stages[stage]}
+    what = max(parts, key=lambda name: parts[name])
+    raise DeviceTooSmall(
+        f"{stage} needs {gigabytes(found.peak(stage))} of device memory, most of it for {what} "
+        f"({gigabytes(parts[what])}), and {gigabytes(found.memory)} can be used; "
+        "try --set train.batch=64, a smaller --set data.size, a larger GPU, or --cpu"
+    )
+
+
+def told(found: Plan, model: str) -> list[str]:
+    """The plan as lines of text."""
+    shape = found.shape
+    lines = [
+        f"{shape.rows} rows of {shape.classes} classes at {shape.height}x{shape.width}, {model}; "
+        f"pixels {'streamed from disk' if found.streamed else 'resident'}",
+        f"{'always':10s} {gigabytes(sum(found.held.values())):>10s}   {_parts(found.held)}",
+    ]
+    lines += [
+        f"{stage:10s} {gigabytes(found.peak(stage)):>10s}   {_parts(parts)}"
+        for stage, parts in found.stages.items()
+    ]
+    space = found.clustering
+    if space is not None:
+        lines.append(
+            f"DBSCAN gets {space.mbytes} MB: {math.ceil(shape.rows / space.batch)} batches of "
+            f"{space.batch} rows, {space.dtype}, every pair computed {space.passes:.2f} times"
+        )
+    verdict = "fits" if found.fits else "does not fit"
+    lines.append(
+        f"{verdict}: {found.largest} takes most, {gigabytes(found.peak(found.largest))} of "
+        f"{gigabytes(found.memory)}"
+    )
+    return lines
+
+
+def _parts(parts: Mapping[str, int]) -> str:
+    large = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {gigabytes(size)}" for name, size in large if size >= 1_000_000)
+
+
+def gigabytes(size: int) -> str:
+    """1e9 bytes, three digits after the point."""
+    return f"{size / 1e9:.3f} GB"
+
+
+def _kept_for_backward(model: Net, settings: csc.Settings, shape: Shape) -> int:
+    """Bytes that one training step keeps for its backward pass, and the largest of them again."""
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            found[tensor.untyped_storage()._cdata] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    model.train()
+    images = torch.empty(settings.train.batch, 3, shape.height, shape.width, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = torch.nn.functional.cross_entropy(
+            model(images), torch.empty(len(images), dtype=torch.int64, device="meta")
+        )
+    del loss
+    total = sum(found.values()) + 2 * max(found.values())
+    return total // 2 if settings.gpu.bf16 else total
+
+
+def _widest(model: Net, shape: Shape) -> int:
+    """Numbers in the largest output of any layer, for one image."""
+    sizes: list[int] = []
+
+    def note(module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        sizes.append(output.numel())
+
+    hooks = [module.register_forward_hook(note) for module in model.features.modules()]
+    model.eval()
+    with torch.inference_mode():
+        model(torch.empty(1, 3, shape.height, shape.width, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return max(sizes)

@@ -1,0 +1,156 @@
+"""The memory plan: arithmetic that follows the arrays, and one line where it does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from csc_gpu import csc, plan
+from csc_gpu.cli import cli
+from csc_gpu.config import override
+from csc_gpu.errors import DeviceTooSmall
+from csc_gpu.models import new_model
+from csc_gpu.plan import Shape
+
+GB = 1_000_000_000
+CIFAR = Shape(50_000, 32, 32, 10)
+IMAGENET = Shape(1_281_167, 224, 224, 1000)
+
+
+def planned(shape: Shape, memory: int, **changes: object) -> plan.Plan:
+    chosen = {"train.model": "resnet18"} | {
+        name.replace("__", "."): value for name, value in changes.items()
+    }
+    return plan.plan(shape, override(csc.Settings(), chosen), memory)
+
+
+def test_pixels_and_features_are_counted_to_the_byte():
+    found = planned(CIFAR, 24 * GB)
+    assert found.held["pixels"] == 50_000 * 32 * 32 * 3
+    assert found.stages["cluster"]["features"] == 50_000 * 512 * 4
+    assert found.stages["cluster"]["embedded rows"] == 50_000 * 16 * 4
+    assert found.fits and not found.streamed
+
+
+def test_pixels_that_would_take_half_the_memory_are_streamed():
+    found = planned(IMAGENET, 24 * GB)
+    assert found.streamed and found.held["pixels"] == 0
+    assert not planned(IMAGENET, 1000 * GB).streamed
+
+
+def test_features_that_are_kept_or_not_reduced_are_in_the_plan():
+    bare, kept = (planned(CIFAR, 24 * GB, watch__keep=keep) for keep in (False, True))
+    assert kept.peak("cluster") - bare.peak("cluster") == 10 * 50_000 * 512 * 4
+    whole = planned(CIFAR, 24 * GB, segregate__pca=0)
+    assert whole.stages["cluster"]["embedded rows"] == 50_000 * 512 * 4
+
+
+def test_activations_follow_batch_and_precision():
+    one = planned(CIFAR, 24 * GB, train__batch=64).stages["train"]["activations"]
+    two = planned(CIFAR, 24 * GB, train__batch=128).stages["train"]["activations"]
+    assert two == pytest.approx(2 * one, rel=0.01)
+    exact = planned(CIFAR, 24 * GB, gpu__bf16=False).stages["train"]["activations"]
+    assert exact == pytest.approx(2 * two, rel=0.01)
+
+
+def test_what_training_keeps_is_what_autograd_keeps_on_real_tensors():
+    settings = override(csc.Settings(), {"train.model": "resnet8", "train.batch": 8})
+    shape = Shape(100, 16, 16, 3)
+    model = new_model("resnet8", 3, 16, seed=0)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    images = torch.zeros(8, 3, 16, 16).to(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = torch.nn.functional.cross_entropy(model(images), torch.zeros(8, dtype=torch.int64))
+    loss.backward()
+    real = sum(kept.values()) + 2 * max(kept.values())
+    found = plan.plan(shape, settings, GB).stages["train"]["activations"]
+    assert 2 * found == pytest.approx(real, rel=0.02)  # bf16 halves it
+
+
+def test_clustering_gets_what_the_rest_leaves():
+    found = planned(CIFAR, 24 * GB)
+    assert found.clustering is not None
+    assert found.clustering.mbytes * 1_000_000 < found.memory - found.peak("cluster")
+    assert planned(IMAGENET, 24 * GB).clustering.passes > 1.9
+    assert planned(CIFAR, 139 * GB).clustering.passes == 1
+
+
+def test_too_small_a_device_is_refused_with_stage_need_and_remedy():
+    plan.refuse_too_small(planned(CIFAR, 24 * GB))
+    with pytest.raises(DeviceTooSmall, match=r"needs \d+\.\d{3} GB .* 0\.500 GB .*--cpu") as fault:
+        plan.refuse_too_small(planned(CIFAR, GB // 2))
+    assert "\n" not in str(fault.value)
+
+
+def test_a_device_without_room_for_a_row_of_dbscan_is_too_small():
+    found = planned(CIFAR, 24 * GB)
+    without = dataclasses.replace(found, clustering=None)
+    assert not without.fits
+    with pytest.raises(DeviceTooSmall):
+        plan.refuse_too_small(without)
+
+
+def test_the_plan_reads_the_shape_of_a_corpus_that_is_on_disk_or_resident():
+    from csc_gpu.types import Corpus
+
+    rows = np.arange(3)
+    there = Corpus(rows, ("a", "b", "c"), rows, ("",) * 3, np.zeros((3, 5, 7, 3), np.uint8))
+    assert plan.shape_of(there) == Shape(3, 5, 7, 3)
+    there = Corpus(rows, ("a", "b", "c"), rows, ("",) * 3, read_at=(5, 7))
+    assert plan.shape_of(there) == Shape(3, 5, 7, 3)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def told(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(cli, ["plan", *arguments])
+    return result.exit_code, result.output
+
+
+def test_plan_prints_every_stage_and_a_verdict():
+    code, text = told("--gpu-memory", "24GB", "--rows", "50000", "--side", "32", "--classes", "10")
+    assert code == 0
+    for stage in ("always", "train", "verify", "features", "cluster", "conceal", "DBSCAN gets"):
+        assert f"\n{stage}" in text
+    assert text.splitlines()[-1].startswith("fits: ")
+
+
+def test_plan_reads_a_corpus_and_settings():
+    code, text = told("digits", "--gpu-memory", "1 GiB", "--set", "train.model=resnet8")
+    assert code == 0
+    assert text.startswith("1438 rows of 10 classes at 8x8, resnet8")
+    assert "of 1.074 GB" in text
+
+
+@pytest.mark.parametrize("size", ["lots", "-3GB", "0GB", "12PB", "1e9", ".GB"])
+def test_a_size_that_is_none_is_refused(size: str):
+    code, text = told("--gpu-memory", size, "--rows", "5")
+    assert code == 2
+    assert "is no size" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GB", 24 * GB), ("1.5 GiB", 3 * 2**29), ("512m", 512 * 10**6), ("7", 7)]
+)
+def test_sizes_are_read_in_powers_of_1000_or_1024(text: str, size: int):
+    from csc_gpu.cli import in_bytes
+
+    assert in_bytes(None, None, text) == size  # type: ignore[arg-type]
+
+
+def test_plan_wants_a_source_or_rows():
+    for arguments in ((), ("digits", "--rows", "5")):
+        code, text = told("--gpu-memory", "1GB", *arguments)
+        assert code == 2
+        assert "give a SOURCE, or --rows" in text
