@@ -131,8 +131,12 @@ def check_memory(
     """Plan the run within `room` bytes, into the log; a GPU that is too small is refused now."""
     if room is None:
         return
+    if backend.name == "cpu":
+        settings = override(settings, {"gpu.bf16": False})
     found = planning.plan(planning.shape_of(corpus), settings, room)
-    log("plan", lines=planning.told(found, settings.train.model))
+    lines = planning.told(found, settings.train.model)
+    log("plan", lines=lines)
+    log.say(f"memory: {lines[-1]}")
     if backend.name == "gpu":
         planning.refuse_too_small(found)
 

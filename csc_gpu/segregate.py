@@ -325,7 +325,8 @@ def _hits(
 ) -> tuple[NDArray[Any], Array]:
     """At which clusterings each row is hit, one bit each (N,); and each row's last such cluster."""
     xp = backend.xp
-    kind = xp.uint8 if len(clusterings) <= 8 else xp.uint64
+    kinds = {8: xp.uint8, 16: xp.uint16, 32: xp.uint32, MOST_SCALES: xp.uint64}
+    kind = next(kind for width, kind in kinds.items() if len(clusterings) <= width)
     bits = xp.zeros(len(cluster), kind)
     for bit, clusters in enumerate(clusterings):
         if not len(clusters.size):
