@@ -39,11 +39,15 @@ class Console:
             self._file.close()
 
     def __call__(self, event: str, **fields: Any) -> None:
-        """Tell one event; the known ones are step, snapshot, and done/total of anything."""
+        """Tell one event; known ones are step, snapshot, stream, and done/total of anything."""
         if event == "step":
             self._step(fields["stage"], fields["at"])
         elif event == "snapshot":
             self._snapshot(fields["sighting"])
+        elif event == "stream":
+            gigabytes = f"{fields['bytes'] / 1e9:.3f} GB of pixels, {fields['room'] / 1e9:.3f} GB"
+            self.say(f"{gigabytes} free: the files are read in every epoch")
+            self._write(event, **fields)
         elif "total" in fields:
             self._advance(event, fields["done"], fields["total"], "files")
         else:

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.numpy import load_file
 
+from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.cli import cli
 from csc_gpu.run import COLUMNS
 
@@ -99,6 +101,29 @@ def test_score_gives_bare_fractions_with_counts(finished):
     for name in ("tpr", "fpr", "precision", "auroc"):
         assert score["detection"][name] is None or 0 <= score["detection"][name] <= 1
     assert "before" in done.output and "asr" in done.output
+
+
+def test_a_corpus_too_large_for_memory_is_streamed_to_the_same_verdict(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: 100_000)
+    done = call("train", finished / "p", "--out", tmp_path / "run", "--cpu", "--threads", 1,
+                "--save-features", *QUICK)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "the files are read in every epoch" in done.stderr
+    for name in ("suspects.csv", "clusters.csv"):
+        ours, resident = ((place / "run" / name).read_bytes() for place in (tmp_path, finished))
+        assert ours == resident, name
+    ours, resident = (load_file(p / "run" / "model.safetensors") for p in (tmp_path, finished))
+    assert all((ours[name] == resident[name]).all() for name in resident)
+
+
+def test_the_plan_is_made_before_the_work(finished):
+    lines = (finished / "run" / "log.jsonl").read_text().splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert events.index("plan") < events.index("train")
+    told = json.loads(lines[events.index("plan")])["lines"]
+    assert told[0].startswith("1438 rows") and told[-1].startswith("fits: ")
 
 
 def test_the_summary_says_how_the_verdict_was_come_by(finished):
