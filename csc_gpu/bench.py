@@ -29,7 +29,7 @@ from csc_gpu.backend.doctor import describe
 from csc_gpu.backend.resident import to_float
 from csc_gpu.config import override
 from csc_gpu.defenses import DEFENSES
-from csc_gpu.errors import ConfigError, CorpusError
+from csc_gpu.errors import CorpusError
 from csc_gpu.models import new_model
 from csc_gpu.types import Array, Corpus, DefenderView
 
@@ -243,6 +243,7 @@ def _data_loader(corpus: Corpus, batch: int, backend: Backend) -> Callable[[], N
         batch,
         num_workers=backend.decoder.threads,
         worker_init_fn=_one_thread,
+        persistent_workers=True,
         pin_memory=backend.device.type == "cuda",
     )
 
@@ -335,11 +336,10 @@ def conceal(
 # --- training -----------------------------------------------------------------------------------
 
 
-def train(backend: Backend, *, source: str, changes: dict[str, Any], repeats: int) -> list[Line]:
+def train(backend: Backend, *, source: str, settings: csc.Settings, repeats: int) -> list[Line]:
     """Plain training and CSC on the same corpus and epochs: seconds by stage, and what CSC adds."""
-    settings = override(csc.Settings(), {"train.model": backend.usual_model} | changes)
     if not settings.train.model:
-        raise ConfigError("train.model must name a net")
+        settings = override(settings, {"train.model": backend.usual_model})
     corpus = sources.load(source, settings.data, backend=backend).train
     stages: dict[str, list[dict[str, float]]] = {"plain": [], "csc": []}
     for name, seconds in stages.items():

@@ -259,16 +259,19 @@ def bench() -> None:
 
 
 def measured(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--repeats and --json, and what a bench does with its lines."""
+    """--repeats, --json and settings, and what a bench does with its lines."""
 
     @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1))
     @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the figures here.")
+    @changes
     @machine
     @functools.wraps(command)
-    def reported(file: Path | None, backend: Any, **rest: Any) -> None:
+    def reported(file: Path | None, backend: Any, changes: dict[str, Any], **rest: Any) -> None:
         from csc_gpu import bench, run
+        from csc_gpu.config import override
+        from csc_gpu.csc import Settings
 
-        lines = command(backend=backend, **rest)
+        lines = command(backend=backend, settings=override(Settings(), changes), **rest)
         click.echo(bench.table(lines))
         if file is not None:
             with run.writing(file):
@@ -285,47 +288,44 @@ ROWS = click.option("--rows", default=10_000, show_default=True, type=click.IntR
 @ROWS
 @click.option("--dims", default=16, show_default=True, type=click.IntRange(1))
 @click.option("--features", type=click.Path(path_type=Path), help="A feature file instead (.npz).")
-@changes
 @measured
-def clustering(changes: dict[str, Any], **how: Any) -> Any:
+def clustering(settings: Any, **how: Any) -> Any:
     """DBSCAN on drawn features (ROWS, DIMS), or on the last snapshot of a file"""
     from csc_gpu import bench
 
+    del settings  # the backend has those that matter
     return bench.clustering(**how)
 
 
 @bench.command()
 @click.argument("source")
-@click.option("--size", default=0, type=COUNT, help="Image side in pixels; 0 keeps the usual one.")
-@click.option("--batch", default=128, show_default=True, type=click.IntRange(4))
-@click.option("--model", default="", help="Whose training the loaders are compared with.")
-@changes
 @measured
-def loader(changes: dict[str, Any], model: str, backend: Any, **how: Any) -> Any:
-    """Images a second from SOURCE: DALI, torch's DataLoader, resident, and what training takes"""
+def loader(settings: Any, backend: Any, **how: Any) -> Any:
+    """Images a second from SOURCE: DALI, torch's DataLoader, resident, and what training takes
+
+    data.size, train.batch and train.model (--set) say at which size, how many, and for which net.
+    """
     from csc_gpu import bench
 
-    return bench.loader(backend, model=model or backend.usual_model, **how)
+    model = settings.train.model or backend.usual_model
+    size, batch = settings.data.size, settings.train.batch
+    return bench.loader(backend, size=size, batch=batch, model=model, **how)
 
 
 @bench.command()
 @ROWS
 @click.option("--dims", default=512, show_default=True, type=click.IntRange(1))
 @click.option("--classes", default=10, show_default=True, type=click.IntRange(2))
-@changes
 @measured
-def conceal(changes: dict[str, Any], **how: Any) -> Any:
+def conceal(settings: Any, **how: Any) -> Any:
     """Fine-tuning the head on (ROWS, DIMS): recorded as a CUDA graph, and eager"""
     from csc_gpu import bench
-    from csc_gpu.config import override
-    from csc_gpu.csc import Settings
 
-    return bench.conceal(settings=override(Settings(), changes).conceal, **how)
+    return bench.conceal(settings=settings.conceal, **how)
 
 
 @bench.command(name="train")
 @click.argument("source", default="digits")
-@changes
 @measured
 def train_(**how: Any) -> Any:
     """Plain training and CSC on SOURCE: seconds by stage, and what CSC adds"""

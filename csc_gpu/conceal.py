@@ -39,7 +39,8 @@ class Settings:
     momentum: float = 0.9
     """Of SGD."""
     replay: int = 32
-    """Optimiser steps that one CUDA graph replays; 0: as many as an epoch has."""
+    """Optimiser steps that one CUDA graph replays; 0: as many as an epoch has. Before the first
+    replay as many run eagerly and as many are recorded, so a few epochs gain most from a few."""
 
     def __post_init__(self) -> None:
         require(

@@ -15,6 +15,8 @@ from sklearn.cluster import DBSCAN
 from csc_gpu import bench, conceal
 from csc_gpu.backend import open_backend
 from csc_gpu.cli import cli
+from csc_gpu.config import override
+from csc_gpu.csc import Settings
 from csc_gpu.errors import CorpusError
 
 CPU = open_backend("cpu", 1)
@@ -121,7 +123,8 @@ def test_a_corpus_without_files_has_nothing_to_decode():
 
 def test_what_csc_adds_is_told_with_and_without_verification():
     changes = {"train.epochs": 1, "train.min_steps": 1, "train.batch": 64}
-    plain, csc = bench.train(CPU, source="digits", changes=changes, repeats=1)
+    settings = override(Settings(), changes)
+    plain, csc = bench.train(CPU, source="digits", settings=settings, repeats=1)
     assert (plain["defense"], csc["defense"]) == ("plain", "csc")
     assert plain["added"] == 0.0 and plain["features_s"] == 0.0
     assert csc["features_s"] > 0 and csc["cluster_s"] > 0
@@ -145,6 +148,13 @@ def test_the_json_says_which_machine_commit_and_versions(tmp_path: Path):
     assert {"torch", "gpu", "processor", "cuml", "cudf"} <= told["machine"].keys()
     assert told["lines"][0]["rows"] == 200 and told["lines"][0]["n"] == 2
     assert "median_s" in result.output
+
+
+def test_a_setting_that_is_none_is_refused_by_every_bench():
+    for name in ("clustering", "conceal", "train", "loader digits"):
+        result = CliRunner().invoke(cli, ["bench", *name.split(), "--cpu", "--set", "data.sise=3"])
+        assert result.exit_code == 2, name
+        assert "unknown setting 'data.sise'" in result.output
 
 
 def test_bench_without_a_gpu_says_what_is_missing_and_how_to_go_on():

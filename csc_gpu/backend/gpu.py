@@ -210,6 +210,7 @@ class Cuda:
         self._clustering = importlib.import_module("cuml.cluster")
         self._searching = importlib.import_module("cuml.neighbors")
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.xp.cuda.Device(self.device.index).use()  # torch's choice, for CuPy and cuML too
         total = torch.cuda.get_device_properties(self.device).total_memory
         self._limit = min(total, int(settings.memory * 1e9) or total)
         if self._limit < total:
