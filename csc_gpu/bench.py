@@ -31,6 +31,7 @@ from csc_gpu.config import override
 from csc_gpu.defenses import DEFENSES
 from csc_gpu.errors import CorpusError
 from csc_gpu.models import new_model
+from csc_gpu.segregate import least_neighbours
 from csc_gpu.types import Array, Corpus, DefenderView
 
 Line = dict[str, Any]
@@ -117,7 +118,7 @@ def clustering(
     """DBSCAN on one snapshot's worth of rows: drawn on a lattice, or a file's."""
     points = drawn(rows, dims, seed) if features is None else given(features)
     rows, dims = points.shape
-    min_samples = max(8, round(0.002 * rows))
+    min_samples = least_neighbours(rows, csc.Settings().segregate)
     placed = backend.xp.asarray(points)
     eps = lattice_eps(placed, min_samples, backend, exact=features is None)
     found: list[Array] = []

@@ -109,7 +109,7 @@ def fine_tune(
     def steps(rows: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
         """An optimiser step for each line of rows (T, B), at each of the rates (T,); losses (T,)"""
         losses = []
-        for chosen, now in zip(rows, rates, strict=True):
+        for chosen, now in zip(rows.long(), rates, strict=True):
             rate.copy_(now)
             inside = chosen.clamp(min=0)
             wanted = targets[inside].masked_fill(chosen < 0, IGNORED)
@@ -133,9 +133,9 @@ def fine_tune(
 
 
 def _schedule(n: int, epochs: int, per_epoch: int, batch: int, seed: int) -> torch.Tensor:
-    """The rows of every optimiser step, each once an epoch; -1 is padding. (steps, batch)"""
+    """The rows of every optimiser step, each once an epoch; -1 is padding. (steps, batch) int32"""
     rng = np.random.default_rng(seed)
-    order = np.full((epochs, per_epoch * batch), -1)
+    order = np.full((epochs, per_epoch * batch), -1, np.int32)
     for epoch in order:
         epoch[:n] = rng.permutation(n)
     return torch.from_numpy(order.reshape(epochs * per_epoch, batch))

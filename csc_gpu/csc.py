@@ -150,7 +150,7 @@ def reclassifier(
 ) -> Reclassify:
     """Trains a fresh model without candidates and controls, and predicts all rows.
 
-    As long as the first, but no longer than segregate.check_epochs.
+    As long as the first, or segregate.check_epochs if that is shorter, and train.min_steps steps.
     """
     epochs = train.budget(len(corpus), settings.train).epochs
     short = replace(settings.train, epochs=min(epochs, settings.segregate.check_epochs))

@@ -20,7 +20,7 @@ from csc_gpu.backend.workspace import Workspace, needed, workspace
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.features import BATCH
 from csc_gpu.models import Net, new_model
-from csc_gpu.segregate import BLOCK
+from csc_gpu.segregate import BLOCK, least_neighbours
 from csc_gpu.types import Corpus
 
 FLOAT, INDEX = 4, 8  # bytes
@@ -90,7 +90,7 @@ def plan(shape: Shape, settings: csc.Settings, memory: int) -> Plan:
     snapshots = len(settings.watch.steps(train.budget(n, settings.train)))
     kept = features * snapshots if settings.watch.keep else 0
     dims = chosen.pca if 0 < chosen.pca < model.n_features else model.n_features
-    k = min(n, max(chosen.min_rows, round(chosen.min_share * n)))
+    k = min(n, least_neighbours(n, chosen))
     counted = snapshots * len(chosen.scales) * FLOAT * n
     observed = {
         "features": features,
@@ -126,7 +126,7 @@ def plan(shape: Shape, settings: csc.Settings, memory: int) -> Plan:
             "features": features,
             "snapshots kept": kept,
             "second model": weights,
-            "schedule": INDEX * n * settings.conceal.epochs,
+            "schedule": FLOAT * n * settings.conceal.epochs,
             "graph": FLOAT * settings.conceal.batch * (model.n_features + 4 * shape.classes) * 4
             + 16 * (shape.classes + 1) * model.n_features * FLOAT,
         },

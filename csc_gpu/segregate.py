@@ -41,6 +41,7 @@ UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
 MOST_SCALES = 64
 """One bit each says at which scales a row was hit."""
+LARGEST_INT16 = 2**15 - 1
 COARSE = 0.3
 """A core that stands apart at this scale is no ordinary benign island (those: .05, method 2.3)."""
 
@@ -80,7 +81,7 @@ class Settings:
     rounds: int = 3
     """Models trained without the candidates, at most (two-stage)."""
     check_epochs: int = 10
-    """Epochs of each of them, at most; fewer if training itself is shorter."""
+    """Epochs of each of them, if training has not fewer; train.min_steps holds for them too."""
     controls: float = 0.05
     """Share of unsuspected rows left out with the candidates, to learn how far to trust a check."""
 
@@ -113,7 +114,7 @@ def observe(
     labels = xp.asarray(labels)
     order = own_order(points, labels, xp)
     z, labels = embed(points, order, settings.pca, xp), labels[order]
-    min_samples = max(settings.min_rows, round(settings.min_share * len(z)))
+    min_samples = least_neighbours(len(z), settings)
     asked = xp.linspace(0, len(z) - 1, min(len(z), settings.k_rows)).astype(xp.int64)
     reach = backend.neighbors(z, min(min_samples, len(z)), z[asked])
     n_classes = int(labels.max()) + 1
@@ -125,6 +126,11 @@ def observe(
         size, held, density = describe(of_row, labels, n_classes, reach, of_row[asked], xp)
         clusterings.append(Clusters(of_row[back], size, held, density, eps, scale))
     return Sighting(epoch, tuple(clusterings), min_samples)
+
+
+def least_neighbours(n: int, settings: Settings) -> int:
+    """DBSCAN's min_samples for n rows."""
+    return max(settings.min_rows, round(settings.min_share * n))
 
 
 def own_order(points: Array, labels: Array, xp: ModuleType) -> Array:
@@ -163,8 +169,10 @@ def embed(points: Array, order: Array, dims: int, xp: ModuleType) -> Array:
         axes = xp.linalg.eigh(scatter)[1][:, ::-1][:, :dims].astype(points.dtype)
     z = xp.empty((n, dims if projected else n_features), points.dtype)
     for block in blocks:
-        centred = unit(block) - mean
-        z[block] = centred @ axes if projected else centred
+        if projected:
+            xp.matmul(unit(block) - mean, axes, out=z[block])
+        else:
+            xp.subtract(unit(block), mean, out=z[block])
     return z
 
 
@@ -300,7 +308,8 @@ def gather(
         share = np.maximum(share, (hits / len(clusterings)).astype(np.float32))
         if voted.any():
             mixed.append(all(_mixed(c, settings, xp) for c in clusterings))
-    of_row = down(cluster).astype(np.int64)
+    short = max(len(clusters.size) for clusters in asked) < LARGEST_INT16
+    of_row = down(cluster.astype(xp.int16 if short else xp.int32)).astype(np.int64)
     return Evidence(
         votes=votes,
         share=share,

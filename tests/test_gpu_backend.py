@@ -179,7 +179,7 @@ def test_a_byte_a_row_and_snapshot_and_one_number_a_row_are_all_that_grows():
     driver = FakeDriver()
     verdict_of(fake_gpu(driver), there, moments, Settings(scales=(0.3, 0.6)))
     n = len(there.labels)
-    assert [size for size in driver.traffic.sizes(down=True) if size >= n / 2] == [n] * 4 + [4 * n]
+    assert [size for size in driver.traffic.sizes(down=True) if size >= n / 2] == [n] * 4 + [2 * n]
 
 
 def test_features_that_come_down_would_be_noticed():

@@ -1,0 +1,506 @@
+"""The benchmarks: what they believe, what they refuse, and how their results are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import clustering, end_to_end, gpu_check, loader, results_file, traffic
+from benchmarks import conceal as concealment
+from csc_gpu import bench
+from csc_gpu.backend import open_backend
+from csc_gpu.backend.doctor import missing_for_gpu
+
+CPU = open_backend("cpu", 1)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    """The folder that results go to, and nowhere else."""
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def without_gpu():
+    if not missing_for_gpu():
+        pytest.skip("a GPU is here")
+
+
+def run(command, *words):
+    return CliRunner().invoke(command, list(map(str, words)))
+
+
+# --- result files ---------------------------------------------------------------------------------
+
+
+def a_report(**changes):
+    machine = {"gpu": "NVIDIA H200", "processor": "A Processor (R) 9"}
+    report = {"bench": "traffic", "date": "2026-11-21T10:00:00Z", "commit": "abc"}
+    return report | {"backend": "gpu", "machine": machine, "lines": [{"n": 1}]} | changes
+
+
+def test_results_are_named_after_day_bench_and_device_and_never_replaced(tmp_path):
+    paths = [results_file.save(a_report(lines=[number]), tmp_path) for number in range(3)]
+    assert [path.name for path in paths] == [
+        "2026-11-21-traffic-nvidia-h200.json",
+        "2026-11-21-traffic-nvidia-h200-2.json",
+        "2026-11-21-traffic-nvidia-h200-3.json",
+    ]
+    assert [json.loads(path.read_text())["lines"] for path in paths] == [[0], [1], [2]]
+
+
+def test_results_of_the_processor_bear_its_name(tmp_path):
+    path = results_file.save(a_report(backend="cpu"), tmp_path)
+    assert path.name == "2026-11-21-traffic-a-processor-r-9.json"
+
+
+def test_results_go_where_out_says_else_beside_the_others(out, monkeypatch):
+    assert results_file.save(a_report()).parent == out
+    monkeypatch.delenv("OUT")
+    monkeypatch.setattr(results_file, "RESULTS", out / "usual")
+    assert results_file.save(a_report()).parent == out / "usual"
+
+
+def test_a_tree_without_history_is_told_its_commit(out, monkeypatch):
+    monkeypatch.setenv(results_file.COMMIT, "told")
+    for commit, expected in (("unknown", "told"), ("abc", "abc")):
+        path = results_file.save(a_report(commit=commit))
+        assert json.loads(path.read_text())["commit"] == expected
+
+
+# --- clustering -----------------------------------------------------------------------------------
+
+EPS, MIN_SAMPLES = 1.5**0.5, 3  # whole numbers up to 1 apart, and two of them make a core row
+POINTS = np.array([[0], [1], [2], [3], [4], [10], [11], [12], [13], [20]], np.float32)
+RIGHT = np.array([0, 0, 0, 0, 0, 1, 1, 1, 1, -1])
+"""Core rows 1 to 3 and 6, 7; border rows 0, 4, 5 and 8; noise 9."""
+
+
+def test_the_core_rows_are_those_with_enough_neighbours():
+    core = clustering.core_rows(POINTS, EPS, MIN_SAMPLES)
+    assert np.flatnonzero(core).tolist() == [1, 2, 3, 6, 7]
+
+
+def test_the_same_clustering_under_other_numbers_is_the_same():
+    renumbered = np.array([7, -1, 3])[np.array([0] * 5 + [2] * 4 + [1])]
+    clustering.same_clustering(POINTS, EPS, MIN_SAMPLES, RIGHT, renumbered)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({9: 1}, "row 9 .* is noise in one and not in the other"),
+        ({0: -1}, "row 0 .* is noise in one and not in the other"),
+        ({5: 0, 6: 0, 7: 0, 8: 0}, "cluster 0 of the other is several clusters"),
+        ({3: 5, 4: 5}, "cluster 0 of the one is several clusters"),
+        ({4: 1}, "row 4 .* touches no core row of its cluster in the other"),
+        ({8: 5}, "row 8 .* touches no core row of its cluster in the other"),
+    ],
+)
+def test_a_wrong_clustering_is_refused_with_the_row_that_is_wrong(changes, told):
+    wrong = RIGHT.copy()
+    wrong[list(changes)] = list(changes.values())
+    with pytest.raises(AssertionError, match=told):
+        clustering.same_clustering(POINTS, EPS, MIN_SAMPLES, RIGHT, wrong)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [(2, "row 2 .* is a core row but noise"), (5, "row 5 .* touches a core row but is noise")],
+)
+def test_two_that_agree_on_wrong_noise_are_refused(row, told):
+    wrong = RIGHT.copy()
+    wrong[row] = -1
+    with pytest.raises(AssertionError, match=told):
+        clustering.same_clustering(POINTS, EPS, MIN_SAMPLES, wrong, wrong)
+
+
+def test_a_border_row_may_join_any_cluster_it_touches():
+    """Row 4 lies between two clusters and is core in neither."""
+    points = np.array([0, 1, 1, 2, 3, 4, 5, 5, 6], np.float32)[:, None]
+    eps, one = 1.5**0.5, np.array([0, 0, 0, 0, 0, 1, 1, 1, 1])
+    assert np.flatnonzero(clustering.core_rows(points, eps, 4)).tolist() == [1, 2, 3, 5, 6, 7]
+    other = one.copy()
+    other[4] = 1
+    clustering.same_clustering(points, eps, 4, one, other)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    points = bench.drawn(300, 8, seed=2)
+    whole = clustering.core_rows(points, 40.0, 8)
+    monkeypatch.setattr(clustering, "BLOCK", 7)
+    assert (clustering.core_rows(points, 40.0, 8) == whole).all()
+    assert 0 < whole.sum() < 300
+
+
+def test_the_floors_are_those_of_the_design():
+    assert clustering.cuml_floor(1_281_167, 2048, 1) == pytest.approx(201, abs=1)
+    assert clustering.cuml_floor(1_281_167, 2048, 2) == pytest.approx(401, abs=1)
+    assert clustering.cuml_floor(50_000, 512, 1) == pytest.approx(0.076, abs=1e-3)
+    assert clustering.half_square_floor(1_281_167, 2048, clustering.BF16) == pytest.approx(
+        4.3, 0.02
+    )
+    assert clustering.half_square_floor(50_000, 512, clustering.TF32) == pytest.approx(3.2e-3, 0.02)
+
+
+def test_time_is_extrapolated_squarely_in_rows_and_linearly_in_dimensions():
+    line = {"rows": 100, "dims": 4, "median_s": 1.0, "setup_s": 0.5, "reference_s": 10.0}
+    slow = line | {"median_s": 100.0}
+    cell = clustering.Cell(200, 12, has_reference=False)
+    took = clustering.expected(cell, [slow, line], repeats=2, floor=False)
+    assert took == pytest.approx(3 * 1.0 * 12 + 0.5 * 6)
+    checked = clustering.Cell(200, 12, has_reference=True)
+    with_reference = clustering.expected(checked, [line], repeats=2, floor=False)
+    assert with_reference == pytest.approx(took + 10 * 12)
+    assert clustering.expected(cell, [], repeats=2, floor=False) == 0
+    largest = clustering.Cell(1_281_167, 2048, has_reference=False)
+    assert clustering.expected(largest, [], 2, floor=True) == pytest.approx(602, abs=1)
+
+
+def test_the_grid_begins_with_the_least_work_and_a_reference_where_it_is_feasible():
+    cells = clustering.grid((50_000, 10_000), (512, 16), None)
+    assert [(cell.rows, cell.dims, cell.has_reference) for cell in cells] == [
+        (10_000, 16, True),
+        (50_000, 16, False),
+        (10_000, 512, True),
+        (50_000, 512, False),
+    ]
+    assert all(cell.has_reference for cell in clustering.grid((50_000,), (16,), True))
+
+
+def test_cells_beyond_the_budget_or_the_memory_are_listed_with_the_reason(monkeypatch):
+    cells = clustering.grid((64, 30_000), (4,), False)
+    first, second = clustering.measure_all(cells, CPU, repeats=1, budget=2.0)
+    assert first["rows"] == 64 and first["n"] == 1
+    assert second["rows"] == 30_000
+    assert "s left of the budget" in second["skipped"]
+    monkeypatch.setattr(clustering, "free_memory", lambda: 1000)
+    (only,) = clustering.measure_all(cells[:1], CPU, repeats=1, budget=5.0)
+    assert "main memory" in only["skipped"]
+
+
+def test_the_command_writes_what_it_measured(out):
+    words = ("--cpu", "--rows", 200, "--rows", 300, "--dims", 8, "--repeats", 2)
+    result = run(clustering.main, *words)
+    assert result.exit_code == 0, result.output
+    (path,) = out.iterdir()
+    told = json.loads(path.read_text())
+    assert [line["rows"] for line in told["lines"]] == [200, 300]
+    assert {line["agrees"] for line in told["lines"]} == {"yes"}
+    assert str(path) in result.output
+
+
+def test_an_answer_that_is_not_the_references_fails_the_command(out, monkeypatch):
+    monkeypatch.setattr(
+        "csc_gpu.backend.cpu.CpuBackend.dbscan",
+        lambda self, points, *, eps, min_samples: np.zeros(len(points), np.int32),
+    )
+    result = run(clustering.main, "--cpu", "--rows", 200, "--dims", 8, "--repeats", 1)
+    assert result.exit_code == 1
+    assert "1 of 1 cells" in result.output
+
+
+# --- traffic --------------------------------------------------------------------------------------
+
+
+def a_copy(name, size):
+    return {
+        "ph": "X",
+        "cat": "gpu_memcpy",
+        "name": name,
+        "ts": 1,
+        "dur": 2,
+        "args": {"bytes": size},
+    }
+
+
+TRACE = {
+    "schemaVersion": 1,
+    "traceEvents": [
+        {"ph": "M", "name": "process_name", "args": {"name": "python"}},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::copy_", "args": {}},
+        {"ph": "X", "cat": "gpu_memset", "name": "Memset (Device)", "args": {"bytes": 9999}},
+        {"ph": "X", "cat": "kernel", "name": "Memcpy DtoH of mine", "args": {"bytes": 9999}},
+        a_copy("Memcpy DtoH (Device -> Pageable)", 100),
+        a_copy("Memcpy DtoH (Device -> Pinned)", 700),
+        a_copy("Memcpy HtoD (Pageable -> Device)", 5000),
+        a_copy("Memcpy DtoD (Device -> Device)", 30),
+        a_copy("Memcpy DtoD (Device -> Device)", 12),
+        a_copy("Memcpy PtoP (Device -> Device)", 77),
+    ],
+}
+
+
+def test_the_copies_of_a_trace_are_added_up_by_direction():
+    assert traffic.copied(TRACE) == {"DtoH": 800, "HtoD": 5000, "DtoD": 42, "largest_DtoH": 700}
+
+
+def test_spells_add_up_but_for_the_largest_copy():
+    one, other = traffic.copied(TRACE), traffic.copied(TRACE) | {"largest_DtoH": 900}
+    assert traffic.together([one, other]) == {
+        "DtoH": 1600,
+        "HtoD": 10_000,
+        "DtoD": 84,
+        "largest_DtoH": 900,
+    }
+
+
+def copies_of(down=1, largest=1, moved=0):
+    return {"DtoH": down, "HtoD": 10**9, "DtoD": moved, "largest_DtoH": largest}
+
+
+SIZES = {"rows": 50_000, "dims": 512, "snapshots": 4}
+FEATURES = 4 * 50_000 * 512
+ALLOWED = 4 * 2 * 50_000 + 65_536
+
+
+@pytest.mark.parametrize(
+    ("segregation", "concealment", "told"),
+    [
+        (copies_of(ALLOWED, 200_000, FEATURES // 5), copies_of(65_536, 9, FEATURES // 20), None),
+        (copies_of(ALLOWED + 1), copies_of(), "segregation: DtoH"),
+        (copies_of(ALLOWED, FEATURES), copies_of(), "segregation: largest_DtoH"),
+        (copies_of(moved=FEATURES // 5 + 1), copies_of(), "segregation: DtoD"),
+        (copies_of(), copies_of(65_537), "conceal: DtoH"),
+        (copies_of(), copies_of(moved=FEATURES // 20 + 1), "conceal: DtoD"),
+        (copies_of(down=0, largest=0), copies_of(), "the profiler saw nothing"),
+    ],
+)
+def test_the_limits_pass_what_is_within_and_name_what_is_not(segregation, concealment, told):
+    stages = {"train": copies_of(10**9), "segregation": segregation, "conceal": concealment}
+    broken = traffic.broken_limits(stages, **SIZES)
+    assert len(broken) == (told is not None)
+    assert told is None or told in broken[0]
+
+
+def test_all_stages_run_and_a_machine_without_a_gpu_copies_nothing(without_gpu):
+    corpus, stamped = traffic.drawn_images(300, side=8)
+    assert 5 < stamped.sum() < 30 and (corpus.labels[stamped] == 0).all()
+    stages, dims = traffic.run_stages(corpus, stamped, CPU, model="resnet8", snapshots=1)
+    assert list(stages) == ["train", "segregation", "conceal"] and dims == 128
+    assert all(set(copies.values()) == {0} for copies in stages.values())
+    (told,) = traffic.broken_limits(stages, rows=300, dims=dims, snapshots=1)
+    assert "saw nothing" in told
+    lines = traffic.table(stages, planted=False, rows=300, dims=dims, snapshots=1)
+    assert lines[1]["limit_DtoH"] == 2 * 300 + 65_536 and lines[0]["limit_DtoH"] is None
+
+
+@pytest.mark.parametrize("main", [traffic.main, gpu_check.main])
+def test_without_a_gpu_one_line_says_what_is_missing(main, out, without_gpu):
+    result = run(main)
+    assert result.exit_code == 2
+    assert len(result.output.strip().splitlines()) == 1
+    assert missing_for_gpu()[0].what in result.output
+    assert not out.exists()
+
+
+# --- loader and concealment -----------------------------------------------------------------------
+
+
+def test_the_usual_settings_of_the_loader_come_first_and_the_rarest_last():
+    every = loader.settings_grid((16, 8), (0.65, 0.9), (2, 3))
+    chosen = [(s.decode_threads, s.hw_decoder_load, s.prefetch) for s in every]
+    assert len(set(chosen)) == 8
+    assert chosen[0] == (16, 0.65, 2)
+    assert set(chosen[1:4]) == {(8, 0.65, 2), (16, 0.9, 2), (16, 0.65, 3)}
+    assert chosen[-1] == (8, 0.9, 3)
+
+
+def test_loaders_are_measured_with_the_settings_they_are_told_with(out, monkeypatch):
+    def measured(backend, **how):
+        return [{"loader": "files", "is": [backend.decoder.threads, backend.decoder.prefetch]}]
+
+    monkeypatch.setattr(bench, "loader", measured)
+    words = ("anywhere", "--cpu", "--threads", 2, "--threads", 1, "--prefetch", 2, "--prefetch", 4)
+    result = run(loader.main, *words)
+    assert result.exit_code == 0, result.output
+    (path,) = out.iterdir()
+    lines = json.loads(path.read_text())["lines"]
+    assert len(lines) == 4
+    assert all(line["is"] == [line["threads"], line["prefetch"]] for line in lines)
+    (out / "again").mkdir()
+    result = run(loader.main, *words, "--budget", 0)
+    assert "3 of 4 settings left out" in result.output
+
+
+def test_concealment_is_measured_over_every_length_of_a_replay(out):
+    result = run(
+        concealment.main, "--cpu", "--rows", 300, "--epochs", 1, "--repeats", 1, "--replay", 1,
+        "--replay", 0,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (path,) = out.iterdir()
+    lines = json.loads(path.read_text())["lines"]
+    assert [(line["replay"], line["loop"]) for line in lines] == [
+        (1, "captured"),
+        (1, "eager"),
+        ("epoch", "captured"),
+        ("epoch", "eager"),
+    ]
+    assert all((line["rows"], line["dims"], line["outputs"]) == (300, 512, 11) for line in lines)
+
+
+@pytest.mark.parametrize(("apart", "status"), [(0.9e-5, 0), (1.1e-5, 1), (float("nan"), 1)])
+def test_recorded_weights_that_differ_fail_the_command(out, monkeypatch, apart, status):
+    monkeypatch.setattr(bench, "conceal", lambda *_, **how: [{"weights_differ_by": apart}])
+    assert run(concealment.main, "--cpu").exit_code == status
+
+
+# --- end to end -----------------------------------------------------------------------------------
+
+
+def test_what_csc_adds_is_told_with_and_without_verification():
+    plain = {"total_s": 10.0, "train_s": 10.0}
+    csc = {"total_s": 16.0, "train_s": 10.5, "verify_s": 4.0}
+    assert end_to_end.added(csc, plain) == pytest.approx(0.6)
+    assert end_to_end.added(csc, plain, without="verify") == pytest.approx(0.2)
+
+
+def test_a_corpus_is_poisoned_once_and_trained_on_twice(out, tmp_path, monkeypatch):
+    calls = []
+
+    def command(*words):
+        words = list(map(str, words))
+        calls.append(words)
+        if words[0] == "train":
+            folder = Path(words[words.index("--out") + 1])
+            folder.mkdir()
+            defense = words[words.index("--defense") + 1]
+            stages = {"train": 10.0} | ({"verify": 4.0, "cluster": 1.0} if defense == "csc" else {})
+            summary = {"defense": defense, "model": "resnet18", "rows": 90, "epochs": 12}
+            summary |= {"optimiser_steps": 600, "stage_seconds": stages}
+            (folder / "summary.json").write_text(json.dumps(summary))
+        if words[0] == "score":
+            folder, is_csc = Path(words[1]), words[1].endswith("csc")
+            score = {"before": {"asr": 0.9, "acc": 0.8}, "after": {"asr": 0.1, "acc": 0.7}}
+            score["detection"] = {"tpr": 0.5, "fpr": 0.25} if is_csc else None
+            (folder / "score.json").write_text(json.dumps(score))
+        return 1.0
+
+    monkeypatch.setattr(end_to_end, "command", command)
+    words = ("c", "--cpu", "--attack", "blend", "--epochs", 12, "--flip", "--work", tmp_path / "w")
+    result = run(end_to_end.main, *words)
+    assert result.exit_code == 0, result.output
+    assert [words[0] for words in calls] == ["poison", "train", "score", "train", "score"]
+    trained = [words for words in calls if words[0] == "train"]
+    assert all({"--cpu", "--flip", "train.epochs=12"} <= set(words) for words in trained)
+    (path,) = out.iterdir()
+    plain, csc = json.loads(path.read_text())["lines"]
+    assert (plain["recall"], csc["recall"], csc["false_alarms"]) == (None, 0.5, 0.25)
+    assert (csc["asr_before"], csc["asr_after"]) == (0.9, 0.1)
+    assert (plain["added"], csc["added"]) == (0.0, pytest.approx(0.5))
+    assert csc["added_without_verify"] == pytest.approx(0.1)
+
+
+# --- the check of a GPU ---------------------------------------------------------------------------
+
+
+def a_step(tmp_path, monkeypatch, code, limit=20.0, **more):
+    (tmp_path / "a_step.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return gpu_check.Step("a step", ("a_step",), limit, **more)
+
+
+def test_a_step_that_succeeds_is_ok_and_its_last_line_is_told(tmp_path, monkeypatch):
+    step = a_step(tmp_path, monkeypatch, "print('3 passed')", must_say=r"\d+ passed")
+    ended = gpu_check.run_step(step, 99)
+    assert (ended.outcome, ended.why, ended.output) == ("ok", "3 passed", "")
+
+
+def test_tests_that_were_all_skipped_are_no_success(tmp_path, monkeypatch):
+    step = a_step(tmp_path, monkeypatch, "print('9 skipped')", must_say=r"\d+ passed")
+    ended = gpu_check.run_step(step, 99)
+    assert ended.outcome == "failed" and "9 skipped" in ended.why
+
+
+def test_a_step_that_fails_is_told_by_its_status_and_last_line(tmp_path, monkeypatch):
+    ended = gpu_check.run_step(a_step(tmp_path, monkeypatch, "raise OSError('why')"), 99)
+    assert (ended.outcome, ended.why) == ("failed", "exit status 1: OSError: why")
+    assert "Traceback" in ended.output
+
+
+def test_a_step_that_overruns_is_stopped_with_its_children(tmp_path, monkeypatch):
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    start = time.perf_counter()
+    ended = gpu_check.run_step(a_step(tmp_path, monkeypatch, code, limit=0.7), 99)
+    assert time.perf_counter() - start < 10
+    assert (ended.outcome, ended.why) == ("failed", "stopped after its limit of 1 s")
+    child = Path(f"/proc/{int(ended.output)}/stat")
+    for _ in range(100):
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail("the child lives on")
+
+
+def test_the_check_goes_on_after_a_failure_and_skips_what_cannot_run(tmp_path, monkeypatch):
+    bad = a_step(tmp_path, monkeypatch, "raise SystemExit(3)")
+    (tmp_path / "good.py").write_text("print('done')")
+    good = gpu_check.Step("good", ("good",), 20)
+    no_corpus = gpu_check.Step("none", ("good",), 20, skip="no corpus")
+    lines = list(gpu_check.run_all([bad, no_corpus, good], 60))
+    assert [line["outcome"] for line in lines] == ["failed", "skipped", "ok"]
+    assert [line["why"] for line in lines] == ["exit status 3: no output", "no corpus", "done"]
+    (late,) = gpu_check.run_all([good], 5)
+    assert late["outcome"] == "skipped" and "of 480 s" in late["why"]
+
+
+def test_the_check_fits_into_eight_minutes_and_takes_a_corpus_if_there_is_one(tmp_path):
+    named = {step.name.split(",")[0]: step for step in gpu_check.steps(str(tmp_path), "w")}
+    assert list(named) == ["tests", "traffic", "conceal", "clustering", "loader", "end to end"]
+    assert sum(step.limit for step in list(named.values())[:-1]) < gpu_check.ALL == 480
+    assert not named["loader"].skip and str(tmp_path) in named["end to end"].words
+    without = {step.name.split(",")[0]: step for step in gpu_check.steps("", "w")}
+    assert "CSC_GPU_CORPUS" in without["loader"].skip
+    assert (
+        "digits" in without["end to end"].words and "12 epochs" in gpu_check.steps("", "w")[-1].name
+    )
+
+
+def test_the_check_saves_every_step_and_fails_if_one_did(out, monkeypatch):
+    monkeypatch.setattr(gpu_check, "require_gpu", lambda: None)
+    outcomes = iter(
+        [gpu_check.Ended("failed", "broke", 1.0, "tail"), *[gpu_check.Ended("ok", "")] * 5]
+    )
+    monkeypatch.setattr(gpu_check, "run_step", lambda step, left: next(outcomes))
+    result = run(gpu_check.main)
+    assert result.exit_code == 1
+    assert "tests: failed, 1 s, broke" in result.output
+    (path,) = out.iterdir()
+    assert len(json.loads(path.read_text())["lines"]) == 6
+    monkeypatch.setattr(gpu_check, "run_step", lambda step, left: gpu_check.Ended("ok", ""))
+    assert run(gpu_check.main).exit_code == 0
+
+
+def test_make_gpu_check_installs_nothing():
+    plan = subprocess.run(
+        ["make", "-n", "-B", "gpu-check", "GPU_PYTHON=some-python"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert plan.stdout.split() == ["some-python", "-m", "benchmarks.gpu_check"]
+
+
+def test_small_steps_do_not_wait_with_spinning_threads():
+    """Torch reads the policy once, when it loads: nothing of ours may load it before."""
+    code = (
+        "import benchmarks, os, sys; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", code]
+    told = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["passive", "False"]
