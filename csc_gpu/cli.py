@@ -41,6 +41,20 @@ class Commands(click.Group):
             raise kind(" ".join(str(fault).split())) from fault
         except KeyboardInterrupt:
             raise Stopped("interrupted; nothing had been written") from None
+        except Exception as fault:
+            if not _is_out_of_memory(fault):
+                raise
+            told = " ".join(str(fault).split())[:160] or type(fault).__name__
+            raise Failure(
+                f"the memory did not suffice ({told}); lower train.batch or data.size, or end "
+                "other programs; csc-gpu plan says what takes most"
+            ) from fault
+
+
+def _is_out_of_memory(fault: Exception) -> bool:
+    from csc_gpu.backend.workspace import is_out_of_memory
+
+    return is_out_of_memory(fault)
 
 
 def in_bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:

@@ -13,8 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from csc_gpu import backend as backends
 from csc_gpu import conceal, data, segregate, train
@@ -84,7 +86,7 @@ def defend(
             f"{settings.watch.every}; lower watch.every or raise watch.epochs"
         )
     sightings: list[Sighting] = []
-    kept: list[Array] = []
+    kept: list[NDArray[Any]] = []  # on the host: nobody needs them on the device again
     clock = Stopwatch(backend)
 
     with clock("train"):
@@ -101,7 +103,7 @@ def defend(
                         )
                     )
                 log("snapshot", sighting=sightings[-1])
-                kept += [points] if settings.watch.keep else []
+                kept += [backend.to_numpy(points)] if settings.watch.keep else []
     with clock("segregate"):
         verdict = segregate.segregate(
             sightings,
@@ -116,7 +118,7 @@ def defend(
             model, corpus, verdict.suspect, settings.conceal, backend, seed=seed, log=log
         )
     snapshots = (
-        {"features": backend.xp.stack(kept), "epoch": np.array([s.epoch for s in sightings])}
+        {"features": np.stack(kept), "epoch": np.array([s.epoch for s in sightings])}
         if kept
         else {}
     )
@@ -163,7 +165,9 @@ def reclassifier(
             model = fresh_model(corpus, settings, backend, seed=seed + 1)
             for at in train.train(model, corpus, short, backend, seed=seed + 1, rows=rows):
                 log("step", stage="verify", at=at)
-            predicted = backend.to_numpy(predict(model, corpus, backend).astype(np.int32))
+            few = corpus.n_classes < 2**15
+            outputs = predict(model, corpus, backend).astype(np.int16 if few else np.int32)
+            predicted = backend.to_numpy(outputs)
         return Reclassified(candidates, controls, predicted.astype(np.int64))
 
     return reclassify

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from csc_gpu import answers, attacks, csc, data, evaluate, run, sources
 from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
-from csc_gpu.backend import Backend, open_backend
+from csc_gpu.backend import Backend, open_backend, reader
 from csc_gpu.backend.doctor import describe
-from csc_gpu.backend.reader import common_size
 from csc_gpu.config import override, to_toml
 from csc_gpu.defenses import DEFENSES
-from csc_gpu.errors import ConfigError, CorpusError, DeviceTooSmall
+from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
 from csc_gpu.train import budget
@@ -97,25 +95,21 @@ def train(
             )
             room = backend.free_bytes()
             split = sources.load(
-                source, settings.data, backend=backend, skip_broken=skip_broken, log=log
+                source,
+                settings.data,
+                backend=backend,
+                before=memory_check(room, settings, backend, log),
+                skip_broken=skip_broken,
+                log=log,
             )
             plan = budget(len(split.train), settings.train)
             log.say(
                 f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
                 f"held out; {plan.epochs} epochs are {plan.steps} optimiser steps"
             )
-            check_memory(room, split.train, settings, backend, log)
             run.check_room(folder, needed_bytes(split.train, settings))
             start = time.process_time(), time.perf_counter()
-            try:
-                outcome = entry.run(
-                    DefenderView(split.train), settings, backend, seed=seed, log=log
-                )
-            except (MemoryError, torch.OutOfMemoryError) as fault:
-                raise DeviceTooSmall(
-                    f"the memory did not suffice ({' '.join(str(fault).split())[:120]}); "
-                    "lower train.batch or data.size; csc-gpu plan says what takes most"
-                ) from fault
+            outcome = entry.run(DefenderView(split.train), settings, backend, seed=seed, log=log)
             spent = time.process_time() - start[0], time.perf_counter() - start[1]
             summary = summarise(source, split, outcome, settings, backend)
             summary |= {"defense": defense, "seed": seed}
@@ -125,20 +119,22 @@ def train(
     return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
 
 
-def check_memory(
-    room: int | None, corpus: Corpus, settings: csc.Settings, backend: Backend, log: Console
-) -> None:
-    """Plan the run within `room` bytes, into the log; a GPU that is too small is refused now."""
-    if room is None:
-        return
-    if backend.name == "cpu":
-        settings = override(settings, {"gpu.bf16": False})
-    found = planning.plan(planning.shape_of(corpus), settings, room)
-    lines = planning.told(found, settings.train.model)
-    log("plan", lines=lines)
-    log.say(f"memory: {lines[-1]}")
-    if backend.name == "gpu":
+def memory_check(
+    room: int | None, settings: csc.Settings, backend: Backend, log: Console
+) -> reader.Before:
+    """Plans a run on a GPU with `room` bytes before pixels are read; one too small is refused."""
+
+    def check(split: Split, size: tuple[int, int], streamed: bool) -> None:
+        if backend.name != "gpu" or room is None:
+            return
+        shape = planning.Shape(len(split.train), *size, split.train.n_classes, len(split.test))
+        found = planning.plan(shape, settings, room, streamed=streamed)
+        lines = planning.told(found, settings.train.model)
+        log("plan", lines=lines)
+        log.say(f"memory: {lines[-1]}")
         planning.refuse_too_small(found)
+
+    return check
 
 
 def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
@@ -168,7 +164,7 @@ def save_outcome(
         if outcome.snapshots:
             run.save_snapshots(
                 folder / "features.npz",
-                backend.to_numpy(outcome.snapshots["features"]),
+                outcome.snapshots["features"],
                 outcome.snapshots["epoch"],
                 corpus,
                 outcome.segregation,
@@ -336,12 +332,15 @@ def plan(
     if not settings.train.model:
         settings = override(settings, {"train.model": "resnet18"})
     rows, side, classes = shape
-    wanted = planning.Shape(rows, side, side, classes)
+    wanted, streamed = planning.Shape(rows, side, side, classes), None
     if source is not None:
-        train = data.open_source(source, settings.data).train
-        height, width = common_size(train, settings.data.size)
-        wanted = planning.Shape(len(train), height, width, train.n_classes)
-    return "\n".join(planning.told(planning.plan(wanted, settings, memory), settings.train.model))
+        split = data.open_source(source, settings.data)
+        train, test = split.train, split.test
+        size = reader.common_size(train, settings.data.size)
+        wanted = planning.Shape(len(train), *size, train.n_classes, len(test))
+        streamed = None if train.files else False
+    found = planning.plan(wanted, settings, memory, streamed=streamed)
+    return "\n".join(planning.told(found, settings.train.model))
 
 
 # --- segregate ----------------------------------------------------------------------------------

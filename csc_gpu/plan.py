@@ -14,16 +14,17 @@ from dataclasses import dataclass
 import torch
 
 from csc_gpu import csc, train
-from csc_gpu.backend.gpu import MARGIN, QUERIES
+from csc_gpu.backend.gpu import MARGIN, asked_together
 from csc_gpu.backend.reader import SHARE_OF_MEMORY
 from csc_gpu.backend.workspace import Workspace, needed, workspace
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.features import BATCH
 from csc_gpu.models import Net, new_model
 from csc_gpu.segregate import BLOCK, least_neighbours
-from csc_gpu.types import Corpus
 
 FLOAT, INDEX = 4, 8  # bytes
+ESTIMATED = ("activations", "graph")
+"""Parts that are no arrays of known size; a run is not refused for them."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Shape:
     height: int  # pixels
     width: int
     classes: int
+    held_out: int = 0  # rows that are resident as well
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,39 @@ class Plan:
         """The stage that takes most."""
         return max(self.stages, key=self.peak)
 
+    def certain(self, stage: str) -> int:
+        """Bytes in use in a stage by arrays alone, without what is estimated."""
+        parts = {**self.held, **self.stages[stage]}
+        return sum(size for name, size in parts.items() if name not in ESTIMATED)
+
     @property
     def fits(self) -> bool:
         """Whether every stage fits."""
         return self.clustering is not None and self.peak(self.largest) <= self.memory
 
+    @property
+    def cannot_fit(self) -> str:
+        """The first stage whose arrays alone are too large; empty if there is none."""
+        if self.clustering is None:
+            return "cluster"
+        return next((s for s in self.stages if self.certain(s) > self.memory), "")
 
-def shape_of(corpus: Corpus) -> Shape:
-    """The shape of a corpus that was read."""
-    return Shape(len(corpus), *corpus.image_size, corpus.n_classes)
 
-
-def plan(shape: Shape, settings: csc.Settings, memory: int) -> Plan:
+def plan(
+    shape: Shape, settings: csc.Settings, memory: int, *, streamed: bool | None = None
+) -> Plan:
     """What each stage of csc.defend takes on a device with so many bytes to use.
 
-    settings.train.model must name a net.
+    settings.train.model must name a net. `streamed` says whether the pixels stay on disk; None: if
+    they would take too much, as backend.reader decides for files.
     """
     n, chosen = shape.rows, settings.segregate
     with torch.device("meta"):
         model = new_model(settings.train.model, shape.classes, shape.height, seed=0)
     weights = FLOAT * sum(value.numel() for value in model.state_dict().values())
-    pixels = 3 * shape.height * shape.width * n
-    streamed = pixels > SHARE_OF_MEMORY * memory
+    pixels = 3 * shape.height * shape.width * (n + shape.held_out)
+    if streamed is None:
+        streamed = pixels > SHARE_OF_MEMORY * memory
     held = {
         "pixels": 0 if streamed else pixels,
         "labels and order": 3 * INDEX * n,
@@ -88,13 +101,11 @@ def plan(shape: Shape, settings: csc.Settings, memory: int) -> Plan:
     training = _kept_for_backward(model, settings, shape)
     features = FLOAT * n * model.n_features
     snapshots = len(settings.watch.steps(train.budget(n, settings.train)))
-    kept = features * snapshots if settings.watch.keep else 0
     dims = chosen.pca if 0 < chosen.pca < model.n_features else model.n_features
     k = min(n, least_neighbours(n, chosen))
     counted = snapshots * len(chosen.scales) * FLOAT * n
     observed = {
         "features": features,
-        "snapshots kept": kept,
         "clusters of every snapshot and scale": counted,
     }
     block = min(BLOCK, n)
@@ -107,7 +118,6 @@ def plan(shape: Shape, settings: csc.Settings, memory: int) -> Plan:
             "second model": 3 * weights,
             "activations": training,
             "clusters of every snapshot and scale": counted,
-            "snapshots kept": kept,
         },
         "features": {
             **observed,
@@ -120,11 +130,12 @@ def plan(shape: Shape, settings: csc.Settings, memory: int) -> Plan:
             "embedded rows": FLOAT * n * dims,
             "blocks": 3 * FLOAT * block * model.n_features,
             "principal components": 4 * INDEX * model.n_features**2,
-            "neighbours": (FLOAT + INDEX) * k * min(QUERIES, n) * 2,
+            "neighbours": (2 * FLOAT * dims + INDEX)
+            * k
+            * min(asked_together(k, dims), chosen.k_rows, n),
         },
         "conceal": {
             "features": features,
-            "snapshots kept": kept,
             "second model": weights,
             "schedule": FLOAT * n * settings.conceal.epochs,
             "graph": FLOAT * settings.conceal.batch * (model.n_features + 4 * shape.classes) * 4
@@ -142,17 +153,27 @@ def plan(shape: Shape, settings: csc.Settings, memory: int) -> Plan:
     return Plan(shape, held, stages, space, streamed, memory)
 
 
+REMEDIES = {
+    "pixels": "a smaller --set data.size, or an image folder, which can be streamed",
+    "embedded rows": "--set segregate.pca=16",
+    "weights, gradients, momentum": "--set train.model=resnet8",
+    "second model": "--set train.model=resnet8",
+}
+"""What makes the largest part of a stage smaller."""
+
+
 def refuse_too_small(found: Plan) -> None:
-    """Raises DeviceTooSmall, which says which stage does not fit and what would help."""
-    if found.fits:
+    """Raises DeviceTooSmall if the arrays of a stage cannot fit: which, and what would help."""
+    stage = found.cannot_fit
+    if not stage:
         return
-    stage = found.largest if found.peak(found.largest) > found.memory else "cluster"
     parts = {**found.held, **found.stages[stage]}
     what = max(parts, key=lambda name: parts[name])
+    remedy = f"{REMEDIES[what]}, " if what in REMEDIES else ""
     raise DeviceTooSmall(
         f"{stage} needs {gigabytes(found.peak(stage))} of device memory, most of it for {what} "
         f"({gigabytes(parts[what])}), and {gigabytes(found.memory)} can be used; "
-        "try --set train.batch=64, a smaller --set data.size, a larger GPU, or --cpu"
+        f"try {remedy}fewer rows, a GPU with more memory, or pass --cpu"
     )
 
 
@@ -174,7 +195,8 @@ def told(found: Plan, model: str) -> list[str]:
             f"DBSCAN gets {space.mbytes} MB: {math.ceil(shape.rows / space.batch)} batches of "
             f"{space.batch} rows, {space.dtype}, every pair computed {space.passes:.2f} times"
         )
-    verdict = "fits" if found.fits else "does not fit"
+    unsure = "does not fit" if found.cannot_fit else "may not fit, by estimate"
+    verdict = "fits" if found.fits else unsure
     lines.append(
         f"{verdict}: {found.largest} takes most, {gigabytes(found.peak(found.largest))} of "
         f"{gigabytes(found.memory)}"

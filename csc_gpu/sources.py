@@ -19,13 +19,14 @@ def load(
     settings: data.Settings,
     *,
     backend: Backend | None = None,
+    before: reader.Before = lambda split, size, streamed: None,
     skip_broken: bool = False,
     log: Log = quiet,
 ) -> Split:
     """Both parts of a source; raises CorpusError for anything wrong with it.
 
     With a backend the pixels are where it wants them, or stay on disk if they do not fit there;
-    without one they are resident on the processor.
+    without one they are resident on the processor. `before` is told first, and may raise.
     """
     split = data.open_source(source, settings)
     return reader.read(
@@ -34,6 +35,7 @@ def load(
         decoder=backend.decoder if backend else Decoder(torch.device("cpu"), usable_cores()),
         room=backend.free_bytes if backend else free_memory,
         may_stream=backend is not None,
+        before=before,
         skip_broken=skip_broken,
         cache=_checked_files(source),
         log=log,

@@ -37,6 +37,7 @@ class Corpus:
     pixels: Array | None = None  # (N, H, W, 3) uint8 RGB once resident: NumPy, or torch on a GPU
     files: tuple[Path, ...] = ()  # N files while the pixels are on disk
     read_at: tuple[int, int] | None = None  # H and W to which files are read
+    file_bytes: int = 0  # most that one file takes decoded, before it is resized; 0: not known
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -160,5 +161,5 @@ class Outcome:
     undefended: Any  # models.Net as trained, before the defense changed it
     n_classes: int
     segregation: Segregation | None
-    snapshots: Mapping[str, Array]  # features (S, N, D) and epoch (S,) if they were to be kept
+    snapshots: Mapping[str, NDArray[Any]]  # features (S, N, D), epoch (S,), if they were to be kept
     seconds: Mapping[str, float]  # wall time of each stage

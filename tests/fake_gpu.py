@@ -259,6 +259,25 @@ class FakeCupy(ModuleType):
         return DeviceArray(tensor.numpy(), self._traffic)
 
 
+WAITS = {
+    getattr(torch.ops.aten, name)
+    for name in (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "repeat_interleave",
+        "unique_dim",
+    )
+}
+"""Operations whose result must be known on the host: a stream that captures refuses them."""
+
+
+def _is_masked(func: Any, args: Any) -> bool:
+    """Whether rows are chosen by a mask, whose length only the device knows."""
+    by_index = func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put_)
+    return by_index and any(index.dtype is torch.bool for index in _tensors(list(args[1])))
+
+
 class Tape(TorchDispatchMode):
     """Records every operation of torch and undoes it; a replay repeats them in place."""
 
@@ -271,7 +290,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "profiler":
             return func(*args, **kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func.overloadpacket in WAITS or _is_masked(func, args):
             raise RuntimeError("operation not permitted when stream is capturing")
         given = _tensors((args, list(kwargs.values())))
         if func._schema.is_mutable:
@@ -375,14 +394,10 @@ class FakeDriver(FakeGraphs):
         found = DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points._host)
         return DeviceArray(found.astype(space.dtype), self.traffic)
 
-    def distances(self, points: DeviceArray, queries: DeviceArray, k: int) -> DeviceArray:
-        """See Driver.distances."""
+    def nearest(self, points: DeviceArray, queries: DeviceArray, k: int) -> DeviceArray:
+        """See Driver.nearest."""
         search = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(points._host)
-        return DeviceArray(search.kneighbors(queries._host)[0], self.traffic)
-
-    def out_of_memory(self, fault: Exception) -> bool:
-        """See Driver.out_of_memory."""
-        return isinstance(fault, MemoryError)
+        return DeviceArray(search.kneighbors(queries._host)[1], self.traffic)
 
     def synchronise(self) -> None:
         """See Driver.synchronise."""

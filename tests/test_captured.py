@@ -136,6 +136,20 @@ def test_reading_a_value_while_recording_is_a_fault_as_on_a_gpu():
         FakeGraphs().record(lambda: torch.ones(1) * float(torch.ones(1).sum()))
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x[x > 0],
+        lambda x: torch.nonzero(x),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.repeat_interleave(torch.tensor([1, 2])),
+    ],
+)
+def test_a_result_of_unknown_size_is_a_fault_as_on_a_gpu(work):
+    with pytest.raises(RuntimeError, match="stream is capturing"):
+        FakeGraphs().record(lambda: work(torch.ones(2)))
+
+
 # ----------------------------------------------------------------------------- concealment
 
 

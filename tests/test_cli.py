@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import load_file
@@ -118,12 +119,17 @@ def test_a_corpus_too_large_for_memory_is_streamed_to_the_same_verdict(
     assert all((ours[name] == resident[name]).all() for name in resident)
 
 
-def test_the_plan_is_made_before_the_work(finished):
-    lines = (finished / "run" / "log.jsonl").read_text().splitlines()
-    events = [json.loads(line)["event"] for line in lines]
-    assert events.index("plan") < events.index("train")
-    told = json.loads(lines[events.index("plan")])["lines"]
-    assert told[0].startswith("1438 rows") and told[-1].startswith("fits: ")
+@pytest.mark.parametrize(
+    "fault", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")]
+)
+def test_memory_that_runs_out_is_told_in_one_line_and_the_log_stays(tmp_path, monkeypatch, fault):
+    def full(*_, **__):
+        raise fault
+
+    monkeypatch.setattr("csc_gpu.csc.features", full)
+    done = train_on("digits", tmp_path, *QUICK)
+    assert_refused(done, "the memory did not suffice", "train.batch", "csc-gpu plan")
+    assert (tmp_path / "run.partial" / "log.jsonl").exists()
 
 
 def test_the_summary_says_how_the_verdict_was_come_by(finished):

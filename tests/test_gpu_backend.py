@@ -18,6 +18,7 @@ from csc_gpu.backend import Settings as BackendSettings
 from csc_gpu.backend import gpu as gpu_module
 from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.backend.gpu import MARGIN, Cuda
+from csc_gpu.backend.workspace import is_out_of_memory
 from csc_gpu.conceal import Settings as Concealment
 from csc_gpu.conceal import conceal
 from csc_gpu.errors import DeviceTooSmall
@@ -101,6 +102,10 @@ def test_the_fake_shares_memory_with_torch():
 
 # ------------------------------------------------------------------------- segregation
 
+MEASURED = ("eps", "density")
+"""Of a cluster: come from distances, which the GPU measures in float32 and scikit-learn in float64.
+"""
+
 
 def snapshots(count: int, rows: int) -> tuple[Any, list[np.ndarray]]:
     """A world, and its features at so many moments."""
@@ -129,11 +134,16 @@ def test_segregation_says_what_it_says_on_the_cpu(rule, checked):
     np.testing.assert_array_equal(here.suspect, fake.suspect)
     np.testing.assert_array_equal(here.score, fake.score)
     assert here.notes == fake.notes
-    assert list(here.clusters) == list(fake.clusters)
+    assert len(here.clusters) == len(fake.clusters)
+    for one, other in zip(here.clusters, fake.clusters, strict=True):
+        assert other == one | {name: pytest.approx(one[name], rel=1e-5) for name in MEASURED}
     assert here.table.keys() == fake.table.keys()
     for name, column in here.table.items():
         assert type(fake.table[name]) is np.ndarray
-        np.testing.assert_array_equal(column, fake.table[name])
+        if name == "cluster_density":
+            np.testing.assert_allclose(column, fake.table[name], rtol=1e-5)
+        else:
+            np.testing.assert_array_equal(column, fake.table[name])
 
 
 def test_more_scales_than_eight_give_evidence_too():
@@ -288,8 +298,9 @@ def test_the_whole_defense_finds_what_it_finds_on_the_cpu(rule):
     for one, two in zip(here.model.parameters(), fake.model.parameters(), strict=True):
         assert torch.equal(one, two)
     kept = fake.snapshots["features"]
-    assert isinstance(kept, DeviceArray) and kept.shape == (4, len(corpus), 128)
-    assert max(driver.traffic.sizes(down=True)) <= 4 * len(corpus)  # a number a row, no features
+    assert isinstance(kept, np.ndarray) and kept.shape == (4, len(corpus), 128)
+    large = [size for size in driver.traffic.sizes(down=True) if size > 4 * len(corpus)]
+    assert large == [kept[0].nbytes] * 4  # the features that were to be kept, and no others
     assert {"csc train", "csc features", "csc cluster", "csc segregate", "csc conceal"} <= set(
         driver.marks
     )
@@ -448,9 +459,9 @@ def test_rows_that_are_right_already_are_not_copied():
     assert driver.points[0] is points
 
 
-@pytest.mark.parametrize("together", [7, 100, 4096])
+@pytest.mark.parametrize("together", [1, 7, 100])
 def test_neighbors_asked_a_few_at_a_time_are_the_same(together, monkeypatch):
-    monkeypatch.setattr(gpu_module, "QUERIES", together)
+    monkeypatch.setattr(gpu_module, "ASKED", together * 4 * blobs().shape[1])
     backend, points = fake_gpu(), blobs(100)
     rows = backend.xp.asarray(points)
     found = backend.neighbors(rows, 4, rows[:50])
@@ -474,7 +485,7 @@ def test_neighbors_asked_a_few_at_a_time_are_the_same(together, monkeypatch):
     ],
 )
 def test_only_a_lack_of_memory_is_tried_again(fault, is_memory):
-    assert object.__new__(Cuda).out_of_memory(fault) is is_memory
+    assert is_out_of_memory(fault) is is_memory
 
 
 @pytest.mark.parametrize(
@@ -493,6 +504,7 @@ def test_clustering_gets_what_is_free_less_what_torch_will_want_back(
     cached = lambda device: (1_000 if "torch" in emptied else 4_000) * 10**6  # noqa: E731
     monkeypatch.setattr(torch.cuda, "memory_reserved", cached)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4_000 * 10**6)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: emptied.append("device"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("torch"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 10**6, 0))
     monkeypatch.setattr(
@@ -504,4 +516,4 @@ def test_clustering_gets_what_is_free_less_what_torch_will_want_back(
     driver._pool = SimpleNamespace(get_allocated_bytes=lambda: 2_000_000_000)
     assert MARGIN == 256_000_000
     assert driver.free_bytes() == room * 10**6
-    assert sorted(emptied) == ["loader", "torch"]
+    assert emptied == ["device", "torch", "loader"]

@@ -9,23 +9,29 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from csc_gpu import csc, plan
+from csc_gpu import csc, pipeline, plan
 from csc_gpu.cli import cli
 from csc_gpu.config import override
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.models import new_model
 from csc_gpu.plan import Shape
+from csc_gpu.progress import Console
+from csc_gpu.types import Corpus, Split, quiet
 
 GB = 1_000_000_000
 CIFAR = Shape(50_000, 32, 32, 10)
 IMAGENET = Shape(1_281_167, 224, 224, 1000)
 
 
-def planned(shape: Shape, memory: int, **changes: object) -> plan.Plan:
+def settings_of(**changes: object) -> csc.Settings:
     chosen = {"train.model": "resnet18"} | {
         name.replace("__", "."): value for name, value in changes.items()
     }
-    return plan.plan(shape, override(csc.Settings(), chosen), memory)
+    return override(csc.Settings(), chosen)
+
+
+def planned(shape: Shape, memory: int, **changes: object) -> plan.Plan:
+    return plan.plan(shape, settings_of(**changes), memory)
 
 
 def test_pixels_and_features_are_counted_to_the_byte():
@@ -42,9 +48,7 @@ def test_pixels_that_would_take_half_the_memory_are_streamed():
     assert not planned(IMAGENET, 1000 * GB).streamed
 
 
-def test_features_that_are_kept_or_not_reduced_are_in_the_plan():
-    bare, kept = (planned(CIFAR, 24 * GB, watch__keep=keep) for keep in (False, True))
-    assert kept.peak("cluster") - bare.peak("cluster") == 10 * 50_000 * 512 * 4
+def test_features_that_are_not_reduced_are_in_the_plan_twice():
     whole = planned(CIFAR, 24 * GB, segregate__pca=0)
     assert whole.stages["cluster"]["embedded rows"] == 50_000 * 512 * 4
 
@@ -87,9 +91,29 @@ def test_clustering_gets_what_the_rest_leaves():
 
 def test_too_small_a_device_is_refused_with_stage_need_and_remedy():
     plan.refuse_too_small(planned(CIFAR, 24 * GB))
-    with pytest.raises(DeviceTooSmall, match=r"needs \d+\.\d{3} GB .* 0\.500 GB .*--cpu") as fault:
-        plan.refuse_too_small(planned(CIFAR, GB // 2))
+    with pytest.raises(DeviceTooSmall, match=r"needs \d+\.\d{3} GB .* 0\.300 GB .*--cpu") as fault:
+        plan.refuse_too_small(planned(CIFAR, 3 * GB // 10))
     assert "\n" not in str(fault.value)
+
+
+def test_an_estimate_alone_refuses_nothing_but_is_told():
+    found = planned(Shape(2000, 224, 224, 10), 3 * GB, train__batch=256)  # 3.7 GB of activations
+    assert not found.fits and not found.cannot_fit
+    plan.refuse_too_small(found)
+    assert plan.told(found, "resnet18")[-1].startswith("may not fit")
+
+
+def test_what_is_refused_for_its_pixels_is_told_about_pixels():
+    found = plan.plan(Shape(500_000, 64, 64, 10), settings_of(), GB, streamed=False)
+    with pytest.raises(DeviceTooSmall, match=r"most of it for pixels .*data.size"):
+        plan.refuse_too_small(found)
+
+
+def test_arrays_cannot_be_streamed_and_held_out_rows_are_resident_too():
+    shape = dataclasses.replace(CIFAR, held_out=10_000)
+    found = plan.plan(shape, settings_of(), GB // 10, streamed=False)
+    assert found.held["pixels"] == 60_000 * 32 * 32 * 3
+    assert plan.plan(shape, settings_of(), GB // 10).streamed
 
 
 def test_a_device_without_room_for_a_row_of_dbscan_is_too_small():
@@ -100,14 +124,29 @@ def test_a_device_without_room_for_a_row_of_dbscan_is_too_small():
         plan.refuse_too_small(without)
 
 
-def test_the_plan_reads_the_shape_of_a_corpus_that_is_on_disk_or_resident():
-    from csc_gpu.types import Corpus
+class Gpu:
+    """As much of a backend as the check of its memory asks for."""
 
-    rows = np.arange(3)
-    there = Corpus(rows, ("a", "b", "c"), rows, ("",) * 3, np.zeros((3, 5, 7, 3), np.uint8))
-    assert plan.shape_of(there) == Shape(3, 5, 7, 3)
-    there = Corpus(rows, ("a", "b", "c"), rows, ("",) * 3, read_at=(5, 7))
-    assert plan.shape_of(there) == Shape(3, 5, 7, 3)
+    name = "gpu"
+
+
+def test_a_run_is_planned_and_refused_before_its_pixels_are_read(tmp_path):
+    rows = np.arange(30) % 3
+    there = Corpus(rows, ("a", "b", "c"), rows, ("",) * 30, read_at=(64, 64))
+    for room, refused in ((GB, False), (1_000_000, True)):
+        with Console(tmp_path / f"{room}.jsonl") as log:
+            check = pipeline.memory_check(room, settings_of(), Gpu(), log)
+            try:
+                check(Split(there, there), (64, 64), False)
+                assert not refused
+            except DeviceTooSmall:
+                assert refused
+        assert '"event": "plan"' in (tmp_path / f"{room}.jsonl").read_text()
+    Gpu.name = "cpu"  # where scikit-learn works otherwise, nothing is planned
+    try:
+        pipeline.memory_check(1, settings_of(), Gpu(), quiet)(Split(there, there), (64, 64), False)
+    finally:
+        Gpu.name = "gpu"
 
 
 # ------------------------------------------------------------------------------- the command line

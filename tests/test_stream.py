@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,6 +187,26 @@ def test_rows_lost_or_repeated_or_moved_are_an_error(
 
 
 @both
+@both
+@pytest.mark.parametrize("files", [1, 2, 3, 100])
+def test_photos_that_are_large_decoded_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
+) -> None:
+    corpus = replace(on_disk(tmp_path, 11), file_bytes=1000)
+    monkeypatch.setattr(loader, "DECODED_BYTES", 1000 * files)
+    runs: list[int] = []
+    read = loader._read
+
+    def note(reading: loader.Reading) -> loader.Runs:
+        runs.append(reading.batch)
+        return read(reading)
+
+    monkeypatch.setattr(loader, "_read", note)
+    augment = Augment(shift=2, flip=True)
+    assert_same(streamed(corpus, 5, augment=augment), at_rest(corpus, 5, augment=augment))
+    assert runs[-1] == {1: 1, 2: 2, 3: 2, 100: 4}[files]  # batches of 4 rows, in even runs
+
+
 def test_a_backend_streams_what_does_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +223,7 @@ def test_a_backend_streams_what_does_not_fit(
     monkeypatch.setattr(type(backend), "free_bytes", lambda self: 100)
     streamed = sources.load(source, data.Settings(), backend=backend)
     assert streamed.train.pixels is None and streamed.test.image_size == SIZE
+    assert streamed.train.file_bytes == 3 * SIZE[0] * SIZE[1]
     assert_same(backend.batches(streamed.train, 4), backend.batches(there.train, 4))
     alone = sources.load(source, data.Settings())  # nobody to stream to
     assert (alone.train.images == there.train.images).all()

@@ -129,12 +129,8 @@ def test_no_room_is_told_in_one_line_that_says_what_would_help():
     )
 
 
-class Full(Exception):
+class Full(MemoryError):
     """The device has no memory left."""
-
-
-def is_full(fault: Exception) -> bool:
-    return isinstance(fault, Full)
 
 
 @given(n=sizes, room=st.integers(10**8, 200 * 10**9), fits=st.integers(0, 200_000) | st.just(0))
@@ -151,14 +147,14 @@ def test_less_is_asked_for_each_time_until_it_fits(n, room, fits):
 
     space = workspace(n, 8, room)
     if fits >= space.mbytes // 4 > needed(n, 2, space.dtype):
-        assert with_less(run, space, is_full) == "done"
+        assert with_less(run, space) == "done"
     elif fits == 0:
         with pytest.raises(DeviceTooSmall):
-            with_less(run, space, is_full)
+            with_less(run, space)
         assert asked[-1].batch <= 1 or asked[-1].mbytes - 1 < needed(n, 1, asked[-1].dtype)
     else:
         with suppress(DeviceTooSmall):
-            with_less(run, space, is_full)
+            with_less(run, space)
     assert len(asked) <= 40
     for before, after in pairwise(asked):
         assert after.mbytes < before.mbytes
@@ -174,7 +170,7 @@ def test_batches_are_halved():
         if len(asked) < 4:
             raise Full
 
-    with_less(run, workspace(50_000, 16, H200), is_full)
+    with_less(run, workspace(50_000, 16, H200))
     assert asked[0] == 50_000
     for before, after in pairwise(asked):
         assert after == pytest.approx(before / 2, rel=0.01)
@@ -188,5 +184,5 @@ def test_another_fault_is_not_tried_again():
         raise KeyError("ours")
 
     with pytest.raises(KeyError):
-        with_less(run, workspace(1000, 8, H200), is_full)
+        with_less(run, workspace(1000, 8, H200))
     assert len(asked) == 1

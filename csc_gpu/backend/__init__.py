@@ -31,7 +31,8 @@ class Settings:
     """How a GPU is used, and how DALI reads files on either machine."""
 
     memory: float = 0.0
-    """Most device memory to take, in GB (1e9 bytes); 0: all that is free."""
+    """Device memory to plan with, in GB (1e9 bytes); 0: all. Torch may take no more, nor the pool
+    of CuPy and cuML; clustering takes no more than they leave of it."""
     bf16: bool = True
     """Train in bfloat16 where autocast finds it safe; features are float32 all the same."""
     tf32: bool = True

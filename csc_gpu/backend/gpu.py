@@ -35,8 +35,8 @@ MARGIN = 256_000_000
 """Bytes never handed to clustering: kernels, handles and fragments take some."""
 POOL_KEEPS = 64_000_000
 """Bytes the RMM pool may keep unused: more goes back to the driver, where torch finds it."""
-QUERIES = 4096
-"""Rows asked for neighbours at a time: cuML returns every distance up to the k-th."""
+ASKED = 2**24
+"""Numbers held at a time to measure the distances from queries to their neighbours."""
 
 
 class Driver(Graphs, Protocol):
@@ -51,11 +51,8 @@ class Driver(Graphs, Protocol):
     def dbscan(self, points: Array, eps: float, min_samples: int, space: Workspace) -> Array:
         """Cluster numbers of cuML, int32 or int64. (N,)"""
 
-    def distances(self, points: Array, queries: Array, k: int) -> Array:
-        """Distance to each of the k nearest points, ascending. (len(queries), k)"""
-
-    def out_of_memory(self, fault: Exception) -> bool:
-        """Whether this says that the device's memory did not suffice."""
+    def nearest(self, points: Array, queries: Array, k: int) -> Array:
+        """The rows of the k nearest points of each query. (len(queries), k) integers"""
 
     def synchronise(self) -> None:
         """Wait for everything the device was given."""
@@ -149,14 +146,23 @@ class GpuBackend:
         def run(space: Workspace) -> Array:
             return self._driver.dbscan(points, eps, min_samples, space)
 
-        return with_less(run, space, self._driver.out_of_memory).astype(self.xp.int32)
+        return with_less(run, space).astype(self.xp.int32)
 
     def neighbors(self, points: Array, k: int, queries: Array) -> Array:
-        """See Backend.neighbors."""
-        parts = [
-            self._driver.distances(points, queries[start : start + QUERIES], k)[:, -1]
-            for start in range(0, len(queries), QUERIES)
-        ]
+        """See Backend.neighbors.
+
+        cuML says who the neighbours are; how far is measured here. Its own distances come from
+        |x|^2 + |y|^2 - 2xy, which blurs the radii of the densest clusters, and its second pass
+        (two_pass_precision, 26.10) takes the neighbours' rows from the queries, not the points.
+        """
+        together = asked_together(k, points.shape[1])
+        parts = []
+        for start in range(0, len(queries), together):
+            some = queries[start : start + together]
+            near = points[self._driver.nearest(points, some, k)]  # (Q, k, D)
+            near -= some[:, None]
+            near *= near
+            parts.append(near.sum(axis=2).max(axis=1) ** 0.5)
         return self.xp.concatenate(parts)
 
     def captured(self, step: Step) -> Step:
@@ -184,31 +190,31 @@ def dbscan_arguments(
     return model, {"out_dtype": space.dtype}
 
 
-def nearest_arguments(k: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """For cuML's NearestNeighbors and its kneighbors.
+def asked_together(k: int, d: int) -> int:
+    """Queries whose k neighbours of d dimensions are measured at a time."""
+    return max(1, ASKED // (k * d))
 
-    The second pass undoes the cancellation in |x|^2 + |y|^2 - 2xy, which would blur the radii of
-    the densest clusters.
-    """
+
+def nearest_arguments(k: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """For cuML's NearestNeighbors and its kneighbors."""
     model = {
         "n_neighbors": k,
         "algorithm": "brute",
         "metric": "euclidean",
         "output_type": "cupy",
     }
-    return model, {"return_distance": True, "two_pass_precision": True}
+    return model, {"return_distance": False}
 
 
 class Cuda:
     """The driver's edge. Not yet run on a GPU."""
 
     def __init__(self, settings: Settings) -> None:
-        self.xp = importlib.import_module("cupy")
+        self.xp = imported("cupy")
         if not self.xp.cuda.is_available():
             raise BackendUnavailable("CuPy finds no GPU although torch does; see csc-gpu doctor")
         # before the allocator is set: importing cuML sets one of its own
-        self._clustering = importlib.import_module("cuml.cluster")
-        self._searching = importlib.import_module("cuml.neighbors")
+        self._clustering, self._searching = imported("cuml.cluster"), imported("cuml.neighbors")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.xp.cuda.Device(self.device.index).use()  # torch's choice, for CuPy and cuML too
         total = torch.cuda.get_device_properties(self.device).total_memory
@@ -223,6 +229,7 @@ class Cuda:
 
     def free_bytes(self) -> int:
         """See Driver.free_bytes."""
+        self.synchronise()  # the pool gives back what is unused only then
         torch.cuda.empty_cache()
         loader.release()
         has = torch.cuda.memory_reserved(self.device)
@@ -237,19 +244,11 @@ class Cuda:
         self.synchronise()
         return self._clustering.DBSCAN(**model).fit_predict(points, **fit)
 
-    def distances(self, points: Array, queries: Array, k: int) -> Array:
-        """See Driver.distances."""
+    def nearest(self, points: Array, queries: Array, k: int) -> Array:
+        """See Driver.nearest."""
         model, search = nearest_arguments(k)
         self.synchronise()
-        found = self._searching.NearestNeighbors(**model).fit(points).kneighbors(queries, **search)
-        return found[0]
-
-    def out_of_memory(self, fault: Exception) -> bool:
-        """See Driver.out_of_memory: CuPy and RMM raise MemoryError, C++ tells it in the text."""
-        told = str(fault).lower().replace("_", " ")
-        return isinstance(fault, MemoryError | torch.OutOfMemoryError) or (
-            isinstance(fault, RuntimeError) and ("out of memory" in told or "bad alloc" in told)
-        )
+        return self._searching.NearestNeighbors(**model).fit(points).kneighbors(queries, **search)
 
     def synchronise(self) -> None:
         """See Driver.synchronise."""
@@ -277,10 +276,22 @@ class Cuda:
         return result, graph.replay
 
 
+def imported(name: str) -> ModuleType:
+    """A module of RAPIDS or CuPy; raises BackendUnavailable if it is there but does not load."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as fault:
+        raise BackendUnavailable(
+            f"{name} is installed but does not load ({' '.join(str(fault).split())[:200]}); "
+            "install cuml and cupy of one RAPIDS release, and nvidia-nvjitlink>=13.3 for CUDA 13, "
+            "or pass --cpu"
+        ) from fault
+
+
 def _bounded_pool(cupy: ModuleType, limit: int) -> Any:
     """One RMM pool for CuPy and cuML, which counts, stops at the limit and gives memory back."""
-    rmm = importlib.import_module("rmm")
-    from_rmm = importlib.import_module("rmm.allocators.cupy").rmm_cupy_allocator
+    rmm = imported("rmm")
+    from_rmm = imported("rmm.allocators.cupy").rmm_cupy_allocator
     pool = rmm.mr.LimitingResourceAdaptor(
         rmm.mr.CudaAsyncMemoryResource(release_threshold=POOL_KEEPS), limit
     )

@@ -43,6 +43,7 @@ from PIL import Image, ImageFile
 
 from csc_gpu.backend import Augment, Batch, Decoder, resident
 from csc_gpu.backend.passes import Changes, draw, even_parts
+from csc_gpu.backend.workspace import is_out_of_memory
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import Array, Corpus
 
@@ -336,9 +337,13 @@ def stream(
         )
         return
     parts = even_parts(np.arange(len(order)), size)  # positions in the order
-    batch = len(parts[0])
-    # every run of DALI is of one size: the shorter parts repeat their last row, which is dropped
-    at = np.concatenate([np.pad(part, (0, batch - len(part)), mode="edge") for part in parts])
+    # a part is read in as many runs as its decoded files need, all of one size: what is short
+    # repeats its last row, which is dropped
+    longest = len(parts[0])
+    runs_a_part = -(-longest // max(1, DECODED_BYTES // max(1, corpus.file_bytes)))
+    batch = -(-longest // runs_a_part)
+    full = runs_a_part * batch
+    at = np.concatenate([np.pad(part, (0, full - len(part)), mode="edge") for part in parts])
     drawn = draw(augment, rng, parts)
     changes = None if drawn is None else Changes(drawn.mirrored[at], drawn.by[:, at])
     files = [corpus.files[row] for row in order[at]]
@@ -348,7 +353,11 @@ def stream(
     runs = _read(reading)
     for part in parts:
         here = slice(part[0], part[-1] + 1)
-        images = _expected(runs, order[part])
+        images = _expected(runs, order[part[:batch]])
+        if runs_a_part > 1:  # a run is overwritten by the next: keep it
+            rest = range(batch, full, batch)
+            some = (_expected(runs, order[part[start : start + batch]]).clone() for start in rest)
+            images = torch.cat([images.clone(), *some])
         yield Batch(resident.to_float(images), all_labels[here], all_rows[here])
 
 
@@ -603,6 +612,8 @@ def _or_blame(step: Callable[[], Any], paths: Sequence[Path]) -> Any:
     try:
         return step()
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         text = str(error)
         named = [path for path in paths if os.path.abspath(path) in text]
         if named:

@@ -27,6 +27,8 @@ SMALLEST_SIDE = 4
 """Smaller images leave the nets nothing to pool, in pixels."""
 SHARE_OF_MEMORY = 0.5
 """Most of the room that pixels may take: training, and poisoning, need the rest."""
+Before = Callable[[Split, tuple[int, int], bool], None]
+"""(split, (H, W), whether it stays on disk): told before pixels are read."""
 NAMED = 3
 """Broken files that an error names; it counts the others."""
 
@@ -38,6 +40,7 @@ def read(
     decoder: Decoder,
     room: Callable[[], int | None],
     may_stream: bool = False,
+    before: Before = lambda split, size, streamed: None,
     skip_broken: bool = False,
     cache: Path | None = None,
     log: Log = quiet,
@@ -46,6 +49,7 @@ def read(
 
     `room` tells how many bytes are free where the pixels go, None if nobody knows. Files whose
     pixels would take too much of it stay on disk if they may be streamed: read_at is then set.
+    `before` is told what is about to be read, and may raise.
     Raises CorpusError for files that do not decode, unless they are to be left out, and for pixels
     that fit neither way.
     """
@@ -57,17 +61,22 @@ def read(
             f"images of {height}x{width} pixels are too small; --set data.size=32 enlarges them"
         )
     if split.train.pixels is not None and split.train.pixels.shape[1:3] == (height, width):
+        before(split, (height, width), False)
         return split
     n_bytes = 3 * height * width * (len(split.train) + len(split.test))
     free = room()
-    if free is not None and n_bytes > SHARE_OF_MEMORY * free:
-        if not (may_stream and split.train.files):
-            raise _too_large(n_bytes, height, width, free)
+    too_large = free is not None and n_bytes > SHARE_OF_MEMORY * free
+    if free is not None and too_large and not (may_stream and split.train.files):
+        raise _too_large(n_bytes, height, width, free)
+    before(split, (height, width), too_large)
+    if too_large:
         log("stream", bytes=n_bytes, room=free)
+        sizes = image_sizes([*split.train.files, *split.test.files])
+        read_at, file_bytes = (height, width), 3 * int(sizes.prod(axis=1).max())
         return replace(
             split,
-            train=replace(split.train, read_at=(height, width)),
-            test=replace(split.test, read_at=(height, width)),
+            train=replace(split.train, read_at=read_at, file_bytes=file_bytes),
+            test=replace(split.test, read_at=read_at, file_bytes=file_bytes),
         )
     if split.train.files:
         return _decoded(split, height, width, decoder, log)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+import torch
+
 from csc_gpu.errors import DeviceTooSmall
 
 LARGEST_INT32 = 2**31 - 1
@@ -76,7 +78,6 @@ def workspace(n: int, d: int, room: int) -> Workspace:
 def with_less(
     run: Callable[[Workspace], Result],
     space: Workspace,
-    out_of_memory: Callable[[Exception], bool],
 ) -> Result:
     """run(space), with batches half as large each time that the memory does not suffice.
 
@@ -86,7 +87,7 @@ def with_less(
         try:
             return run(space)
         except Exception as fault:
-            if not out_of_memory(fault):
+            if not is_out_of_memory(fault):
                 raise
             half = needed(space.n, space.batch // 2, space.dtype)
             # whole megabytes: those of half the rows can be those of all of them
@@ -94,6 +95,15 @@ def with_less(
             if space.batch <= 1 or less.batch < 1:
                 raise _too_small(space.n, "does not fit, not even in the smallest steps") from fault
             space = less
+
+
+def is_out_of_memory(fault: BaseException) -> bool:
+    """Whether memory did not suffice: CuPy and RMM raise MemoryError, C++ tells it in its text."""
+    told = str(fault).lower().replace("_", " ")
+    return isinstance(fault, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(fault, RuntimeError)
+        and any(words in told for words in ("out of memory", "bad alloc", "alloc failed"))
+    )
 
 
 def _too_small(n: int, why: str) -> DeviceTooSmall:

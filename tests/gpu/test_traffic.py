@@ -15,12 +15,13 @@ import torch
 from csc_gpu.backend.gpu import GpuBackend
 from csc_gpu.features import features
 from csc_gpu.models import new_model
-from csc_gpu.segregate import Settings, observe
+from csc_gpu.segregate import Settings, observe, segregate
 from csc_gpu.types import Corpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 
-ROWS = 4000
+ROWS = 50_000
+SNAPSHOTS = 3
 SMALL_CHANGE = 64 * 1024
 """Bytes that radii, counts and the like may take on their way down."""
 
@@ -60,17 +61,21 @@ def profiled(tmp_path: Path) -> Callable[[], object]:
 
 
 def a_snapshot(gpu: GpuBackend) -> Callable[[], object]:
-    """Takes and clusters one snapshot; all pixels and libraries are in place already."""
+    """Takes and clusters snapshots, and judges; all pixels and libraries are in place already."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (ROWS, 8, 8, 3), np.uint8)
     rows = np.arange(ROWS)
     corpus = Corpus(rows % 4, tuple("abcd"), rows, ("",) * ROWS, pixels)
     model = new_model("resnet8", 4, 8, seed=0).to(gpu.device)
+    settings, seen = Settings(rule="persistence"), []
 
     def take() -> object:
-        points = features(model, corpus, gpu)
-        observe(points, corpus.labels, 1.0, Settings(), gpu)
-        return points
+        taken = []
+        for moment in range(SNAPSHOTS):
+            taken.append(features(model, corpus, gpu))
+            seen.append(observe(taken[-1], corpus.labels, float(moment), settings, gpu))
+        segregate(seen[-SNAPSHOTS:], corpus.labels, settings, gpu)
+        return taken[-1]
 
     take()
     return take
@@ -80,7 +85,7 @@ def assert_little_comes_down(copies: Copies, n_features: int) -> None:
     """At most two bytes a row, and nothing as large as the features."""
     down = copies.sizes.get("DtoH", [])
     assert down, "not even a radius came down: the profiler saw nothing"
-    assert sum(down) <= 2 * ROWS + SMALL_CHANGE
+    assert sum(down) <= 2 * ROWS * SNAPSHOTS + SMALL_CHANGE
     assert max(down) < 4 * ROWS * n_features
 
 
@@ -90,6 +95,14 @@ def test_of_a_snapshot_two_bytes_a_row_come_down_at_most(gpu, profiled):
         take()
     assert_little_comes_down(copies, 128)
     assert max(copies.sizes.get("HtoD", [0])) <= 8 * ROWS  # rows and labels; pixels are there
+
+
+def test_a_number_a_row_more_than_allowed_is_caught(gpu, profiled):
+    take = a_snapshot(gpu)
+    with profiled() as copies:
+        gpu.to_numpy(gpu.xp.asarray(take())[:, 0].astype(gpu.xp.float64))  # planted
+    with pytest.raises(AssertionError):
+        assert_little_comes_down(copies, 128)
 
 
 def test_features_that_come_down_are_caught(gpu, profiled):
