@@ -64,7 +64,7 @@ def steps(corpus: str, work: str) -> list[Step]:
     source = "digits" if no_corpus else corpus
     passed = r"\d+ passed"
     return [
-        Step("tests", ("pytest", "-q", "-m", "gpu"), 150, passed),
+        Step("tests", ("pytest", "-q", "-m", "gpu", "-W", "default", "tests/gpu"), 150, passed),
         Step("traffic", ("benchmarks.traffic",), 75),
         Step("conceal", ("benchmarks.conceal", "--repeats", "2"), 75),
         Step("clustering", ("benchmarks.clustering", "--budget", "60"), 100),
