@@ -489,7 +489,7 @@ def test_the_check_saves_every_step_and_fails_if_one_did(out, monkeypatch):
 
 def test_make_gpu_check_installs_nothing():
     plan = subprocess.run(
-        ["make", "-n", "-B", "gpu-check", "GPU_PYTHON=some-python"],
+        ["make", "--no-print-directory", "-n", "-B", "gpu-check", "GPU_PYTHON=some-python"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert plan.stdout.split() == ["some-python", "-m", "benchmarks.gpu_check"]
