@@ -11,6 +11,7 @@ verification trains its nets. Reading the corpus is in neither.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,15 @@ from benchmarks.command import Command, require_gpu
 from benchmarks.detection import RATES, TARGETS, command
 from csc_gpu import bench
 
+EFFECTIVE = 0.5
+"""Attack success before a defense from which an attack took hold."""
 VERIFY = "verify"
 """The stage in which nets are trained without the candidates."""
+
+
+def is_missed(line: Mapping[str, Any]) -> bool:
+    """Whether CSC found none of the poison of an attack that took hold."""
+    return line["defense"] == "csc" and line["asr_before"] >= EFFECTIVE and not line["recall"]
 
 
 def run_attack(
@@ -126,6 +134,10 @@ def main(
     about = {"corpus": corpus, "flip": flip, "set": list(changed)}
     backend = results_file.elsewhere("cpu" if cpu else "gpu", threads)
     results_file.publish(about | bench.report("end-to-end", backend, lines))
+    missed = [line["attack"] for line in lines if is_missed(line)]
+    if missed:
+        click.echo(f"nothing was found of: {', '.join(missed)}")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

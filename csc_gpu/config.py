@@ -18,8 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tomli_w
-
 from csc_gpu.errors import ConfigError
 
 Section = TypeVar("Section")
@@ -63,11 +61,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def to_toml(section: Any) -> str:
     """The settings as TOML, every value spelled out."""
+    import tomli_w  # late: machines lent without it can still run the tests and benches
+
     return str(tomli_w.dumps(_plain(section)))
 
 
 def explained(section: Any) -> str:
     """The settings as TOML, each below what it means: the string under its declaration."""
+    import tomli_w
+
     meanings = _meanings(type(section))
     lines, tables = [], []
     for field in dataclasses.fields(section):

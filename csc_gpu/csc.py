@@ -104,6 +104,7 @@ def defend(
                     )
                 log("snapshot", sighting=sightings[-1])
                 kept += [backend.to_numpy(points)] if settings.watch.keep else []
+                del points  # or it would live beside the next
     with clock("segregate"):
         verdict = segregate.segregate(
             sightings,

@@ -113,6 +113,7 @@ def plan(
         "train": {
             "activations": training,
             "batch": FLOAT * image * settings.train.batch,
+            "clusters of every snapshot and scale": counted,
         },
         "verify": {
             "second model": 3 * weights,
@@ -123,6 +124,7 @@ def plan(
             **observed,
             "activations": _widest(model, shape) * FLOAT * BATCH * 3,
             "batch": FLOAT * image * BATCH,
+            "which are finite": n * model.n_features,
         },
         "cluster": {
             **observed,

@@ -457,13 +457,13 @@ def test_the_check_goes_on_after_a_failure_and_skips_what_cannot_run(tmp_path, m
     assert [line["outcome"] for line in lines] == ["failed", "skipped", "ok"]
     assert [line["why"] for line in lines] == ["exit status 3: no output", "no corpus", "done"]
     (late,) = gpu_check.run_all([good], 5)
-    assert late["outcome"] == "skipped" and "of 480 s" in late["why"]
+    assert late["outcome"] == "skipped" and "of 450 s" in late["why"]
 
 
 def test_the_check_fits_into_eight_minutes_and_takes_a_corpus_if_there_is_one(tmp_path):
     named = {step.name.split(",")[0]: step for step in gpu_check.steps(str(tmp_path), "w")}
     assert list(named) == ["tests", "traffic", "conceal", "clustering", "loader", "end to end"]
-    assert sum(step.limit for step in list(named.values())[:-1]) < gpu_check.ALL == 480
+    assert sum(step.limit for step in list(named.values())[:-1]) < gpu_check.ALL == 450
     assert not named["loader"].skip and str(tmp_path) in named["end to end"].words
     without = {step.name.split(",")[0]: step for step in gpu_check.steps("", "w")}
     assert "CSC_GPU_CORPUS" in without["loader"].skip
@@ -485,6 +485,20 @@ def test_the_check_saves_every_step_and_fails_if_one_did(out, monkeypatch):
     assert len(json.loads(path.read_text())["lines"]) == 6
     monkeypatch.setattr(gpu_check, "run_step", lambda step, left: gpu_check.Ended("ok", ""))
     assert run(gpu_check.main).exit_code == 0
+
+
+def test_an_attack_that_took_hold_and_was_not_found_is_missed():
+    line = {"defense": "csc", "asr_before": 0.9, "recall": 0.0}
+    assert end_to_end.is_missed(line)
+    assert not end_to_end.is_missed(line | {"recall": 0.01})
+    assert not end_to_end.is_missed(line | {"asr_before": 0.1})
+    assert not end_to_end.is_missed(line | {"defense": "plain", "recall": None})
+
+
+def test_features_that_came_down_show_in_the_largest_copy():
+    copies = {"DtoH": 10**9, "HtoD": 0, "DtoD": 0, traffic.LARGEST: 4 * 50 * 8}
+    assert traffic.shows_features(copies, rows=50, dims=8)
+    assert not traffic.shows_features(copies, rows=50, dims=9)
 
 
 def test_make_gpu_check_installs_nothing():

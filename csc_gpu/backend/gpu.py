@@ -93,6 +93,7 @@ class GpuBackend:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """See Backend.stage."""
+        self._driver.synchronise()  # what came before is not this stage's
         with self._driver.mark(f"csc {name}"):
             yield
             self._driver.synchronise()
@@ -154,6 +155,8 @@ class GpuBackend:
         cuML says who the neighbours are; how far is measured here. Its own distances come from
         |x|^2 + |y|^2 - 2xy, which blurs the radii of the densest clusters, and its second pass
         (two_pass_precision, 26.10) takes the neighbours' rows from the queries, not the points.
+        Who is nearest stays blurred below about 1e-3 of the points' length, so that distances there
+        may come out too long: embedded rows are centred and at most about 1 long.
         """
         together = asked_together(k, points.shape[1])
         parts = []

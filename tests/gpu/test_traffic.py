@@ -81,6 +81,11 @@ def a_snapshot(gpu: GpuBackend) -> Callable[[], object]:
     return take
 
 
+def assert_seen(copies: Copies) -> None:
+    """The profiler saw copies at all."""
+    assert copies.sizes.get("DtoH"), "not even a radius came down: the profiler saw nothing"
+
+
 def assert_little_comes_down(copies: Copies, n_features: int) -> None:
     """At most two bytes a row, and nothing as large as the features."""
     down = copies.sizes.get("DtoH", [])
@@ -101,6 +106,7 @@ def test_a_number_a_row_more_than_allowed_is_caught(gpu, profiled):
     take = a_snapshot(gpu)
     with profiled() as copies:
         gpu.to_numpy(gpu.xp.asarray(take())[:, 0].astype(gpu.xp.float64))  # planted
+    assert_seen(copies)
     with pytest.raises(AssertionError):
         assert_little_comes_down(copies, 128)
 
@@ -109,5 +115,6 @@ def test_features_that_come_down_are_caught(gpu, profiled):
     take = a_snapshot(gpu)
     with profiled() as copies:
         gpu.tensor(take()).cpu()  # planted
+    assert_seen(copies)
     with pytest.raises(AssertionError):
         assert_little_comes_down(copies, 128)
