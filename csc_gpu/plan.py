@@ -84,75 +84,81 @@ def plan(
     settings.train.model must name a net. `streamed` says whether the pixels stay on disk; None: if
     they would take too much, as backend.reader decides for files.
     """
-    n, chosen = shape.rows, settings.segregate
     with torch.device("meta"):
         model = new_model(settings.train.model, shape.classes, shape.height, seed=0)
-    weights = FLOAT * sum(value.numel() for value in model.state_dict().values())
-    pixels = 3 * shape.height * shape.width * (n + shape.held_out)
+    pixels = 3 * shape.height * shape.width * (shape.rows + shape.held_out)
     if streamed is None:
         streamed = pixels > SHARE_OF_MEMORY * memory
     held = {
         "pixels": 0 if streamed else pixels,
-        "labels and order": 3 * INDEX * n,
-        "weights, gradients, momentum": 3 * weights,
+        "labels and order": 3 * INDEX * shape.rows,
+        "weights, gradients, momentum": 3 * _weights(model),
         "libraries": MARGIN,
     }
-    image = 3 * shape.height * shape.width
-    training = _kept_for_backward(model, settings, shape)
-    features = FLOAT * n * model.n_features
+    stages = _stages(shape, settings, model)
+    rest = memory - sum(held.values()) - sum(stages["cluster"].values())
+    space = _clustering(shape.rows, _dims(settings, model), rest)
+    stages["cluster"]["DBSCAN, at least"] = 1_000_000 * needed(shape.rows, 1, "int32")
+    return Plan(shape, held, stages, space, streamed, memory)
+
+
+def _stages(shape: Shape, settings: csc.Settings, model: Net) -> dict[str, dict[str, int]]:
+    """Bytes that each stage holds beside what is always held, without DBSCAN's."""
+    n, chosen, d = shape.rows, settings.segregate, model.n_features
+    image = FLOAT * 3 * shape.height * shape.width
     snapshots = len(settings.watch.steps(train.budget(n, settings.train)))
-    dims = chosen.pca if 0 < chosen.pca < model.n_features else model.n_features
-    k = min(n, least_neighbours(n, chosen))
-    counted = snapshots * len(chosen.scales) * FLOAT * n
-    observed = {
-        "features": features,
-        "clusters of every snapshot and scale": counted,
-    }
-    block = min(BLOCK, n)
-    stages: dict[str, dict[str, int]] = {
-        "train": {
-            "activations": training,
-            "batch": FLOAT * image * settings.train.batch,
-            "clusters of every snapshot and scale": counted,
-        },
-        "verify": {
-            "second model": 3 * weights,
-            "activations": training,
-            "clusters of every snapshot and scale": counted,
-        },
+    seen = {"clusters of every snapshot and scale": snapshots * len(chosen.scales) * FLOAT * n}
+    features = {"features": FLOAT * n * d}
+    activations = {"activations": _kept_for_backward(model, settings, shape)}
+    dims, k = _dims(settings, model), min(n, least_neighbours(n, chosen))
+    asked = min(asked_together(k, dims), chosen.k_rows, n)
+    return {
+        "train": {**activations, **seen, "batch": image * settings.train.batch},
+        "verify": {**activations, **seen, "second model": 3 * _weights(model)},
         "features": {
-            **observed,
+            **features,
+            **seen,
             "activations": _widest(model, shape) * FLOAT * BATCH * 3,
-            "batch": FLOAT * image * BATCH,
-            "which are finite": n * model.n_features,
+            "batch": image * BATCH,
+            "which are finite": n * d,
         },
         "cluster": {
-            **observed,
+            **features,
+            **seen,
             "order of its own": 4 * INDEX * n,
             "embedded rows": FLOAT * n * dims,
-            "blocks": 3 * FLOAT * block * model.n_features,
-            "principal components": 4 * INDEX * model.n_features**2,
-            "neighbours": (2 * FLOAT * dims + INDEX)
-            * k
-            * min(asked_together(k, dims), chosen.k_rows, n),
+            "blocks": 3 * FLOAT * min(BLOCK, n) * d,
+            "principal components": 4 * INDEX * d**2,
+            "neighbours": (2 * FLOAT * dims + INDEX) * k * asked,
         },
         "conceal": {
-            "features": features,
-            "second model": weights,
+            **features,
+            "second model": _weights(model),
             "schedule": FLOAT * n * settings.conceal.epochs,
-            "graph": FLOAT * settings.conceal.batch * (model.n_features + 4 * shape.classes) * 4
-            + 16 * (shape.classes + 1) * model.n_features * FLOAT,
+            "graph": FLOAT * settings.conceal.batch * (d + 4 * shape.classes) * 4
+            + 16 * (shape.classes + 1) * d * FLOAT,
         },
     }
-    rest = memory - sum(held.values()) - sum(stages["cluster"].values())
-    space: Workspace | None = None
-    if n >= 1 and rest > 0:
-        try:
-            space = workspace(n, dims, rest)
-        except DeviceTooSmall:
-            space = None
-    stages["cluster"]["DBSCAN, at least"] = 1_000_000 * needed(n, 1, "int32")
-    return Plan(shape, held, stages, space, streamed, memory)
+
+
+def _clustering(n: int, dims: int, rest: int) -> Workspace | None:
+    """What DBSCAN makes of the rest; None if it is too little for a row."""
+    try:
+        return workspace(n, dims, max(0, rest))
+    except DeviceTooSmall:
+        return None
+
+
+def _weights(model: Net) -> int:
+    """Bytes of a net's weights and running statistics."""
+    numbers: int = sum(value.numel() for value in model.state_dict().values())
+    return FLOAT * numbers
+
+
+def _dims(settings: csc.Settings, model: Net) -> int:
+    """Dimensions in which rows are clustered."""
+    asked = settings.segregate.pca
+    return asked if 0 < asked < model.n_features else model.n_features
 
 
 REMEDIES = {

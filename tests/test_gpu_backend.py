@@ -13,7 +13,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from csc_gpu import csc
-from csc_gpu.backend import Augment, open_backend
+from csc_gpu.backend import Augment, open_backend, resident
 from csc_gpu.backend import Settings as BackendSettings
 from csc_gpu.backend import gpu as gpu_module
 from csc_gpu.backend.cpu import CpuBackend
@@ -325,13 +325,13 @@ def test_the_whole_defense_runs_in_bfloat16():
 def gathered(monkeypatch):
     """The pixels from which each pass gathered its batches."""
     seen = []
-    real = gpu_module.resident.batches
+    real = resident.batches
 
     def note(pixels, *args, **named):
         seen.append(pixels)
         return real(pixels, *args, **named)
 
-    monkeypatch.setattr(gpu_module.resident, "batches", note)
+    monkeypatch.setattr(resident, "batches", note)
     return seen
 
 

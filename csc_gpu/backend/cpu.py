@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +12,14 @@ from numpy.typing import NDArray
 from sklearn.cluster import DBSCAN
 from sklearn.neighbors import NearestNeighbors
 
-from csc_gpu.backend import Augment, Batch, Decoder, Settings, Step, loader, resident
-from csc_gpu.types import Array, Corpus
+from csc_gpu.backend import Decoder, Settings, Step
+from csc_gpu.backend.batches import Batches
+from csc_gpu.types import Array
 
 MEMINFO = Path("/proc/meminfo")
 
 
-class CpuBackend:
+class CpuBackend(Batches):
     """One processor; the same verbs as the GPU's."""
 
     name = "cpu"
@@ -46,20 +45,9 @@ class CpuBackend:
         """See Backend.stage."""
         return nullcontext()
 
-    def batches(
-        self,
-        corpus: Corpus,
-        size: int,
-        *,
-        order: NDArray[np.int64] | None = None,
-        augment: Augment | None = None,
-        rng: np.random.Generator | None = None,
-    ) -> Iterator[Batch]:
-        """See Backend.batches."""
-        how: dict[str, Any] = {"order": order, "augment": augment, "rng": rng}
-        if corpus.pixels is None:
-            return loader.stream(corpus, size, self.decoder, **how)
-        return resident.batches(torch.from_numpy(corpus.pixels), corpus.labels, size, **how)
+    def _placed(self, pixels: Array) -> torch.Tensor:
+        """See Batches."""
+        return torch.from_numpy(pixels)
 
     def array(self, tensor: torch.Tensor) -> Array:
         """See Backend.array."""

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from csc_gpu.backend import Augment, Batch, Decoder, Settings, Step, loader, resident
+from csc_gpu.backend import Decoder, Settings, Step, loader
+from csc_gpu.backend.batches import Batches
 from csc_gpu.backend.captured import Captured, Graphs
 from csc_gpu.backend.workspace import Workspace, with_less, workspace
 from csc_gpu.errors import BackendUnavailable
-from csc_gpu.types import Array, Corpus
+from csc_gpu.types import Array
 
 MARGIN = 256_000_000
 """Bytes never handed to clustering: kernels, handles and fragments take some."""
@@ -61,7 +62,7 @@ class Driver(Graphs, Protocol):
         """An NVTX range."""
 
 
-class GpuBackend:
+class GpuBackend(Batches):
     """One NVIDIA GPU; the same verbs as the CPU's."""
 
     name = "gpu"
@@ -98,23 +99,8 @@ class GpuBackend:
             yield
             self._driver.synchronise()
 
-    def batches(
-        self,
-        corpus: Corpus,
-        size: int,
-        *,
-        order: NDArray[np.int64] | None = None,
-        augment: Augment | None = None,
-        rng: np.random.Generator | None = None,
-    ) -> Iterator[Batch]:
-        """See Backend.batches."""
-        how: dict[str, Any] = {"order": order, "augment": augment, "rng": rng}
-        if corpus.pixels is None:
-            return loader.stream(corpus, size, self.decoder, **how)
-        return resident.batches(self._on_device(corpus.pixels), corpus.labels, size, **how)
-
-    def _on_device(self, pixels: Array) -> torch.Tensor:
-        """The pixels, sent up once: the last corpus that was asked for stays."""
+    def _placed(self, pixels: Array) -> torch.Tensor:
+        """See Batches; sent up once: the last corpus that was asked for stays."""
         if isinstance(pixels, torch.Tensor):
             return pixels.to(self.device)
         if self._uploaded is None or self._uploaded[0] is not pixels:

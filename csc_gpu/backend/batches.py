@@ -1,0 +1,38 @@
+"""The verb `batches`, which both machines have alike but for where resident pixels lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from csc_gpu.backend import Augment, Batch, Decoder, loader, resident
+from csc_gpu.types import Array, Corpus
+
+
+class Batches:
+    """What a backend inherits; it says where it decodes and places pixels."""
+
+    decoder: Decoder
+
+    def _placed(self, pixels: Array) -> torch.Tensor:
+        """The pixels (N, H, W, 3) where batches are made of them."""
+        raise NotImplementedError
+
+    def batches(
+        self,
+        corpus: Corpus,
+        size: int,
+        *,
+        order: NDArray[np.int64] | None = None,
+        augment: Augment | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> Iterator[Batch]:
+        """See Backend.batches."""
+        how: dict[str, Any] = {"order": order, "augment": augment, "rng": rng}
+        if corpus.pixels is None:
+            return loader.stream(corpus, size, self.decoder, **how)
+        return resident.batches(self._placed(corpus.pixels), corpus.labels, size, **how)
