@@ -28,7 +28,8 @@ from csc_gpu.backend.cpu import free_memory
 from csc_gpu.backend.workspace import workspace
 from csc_gpu.cli import machine
 from csc_gpu.errors import CscError
-from csc_gpu.segregate import Settings, least_neighbours
+from csc_gpu.segregate import Settings
+from csc_gpu.segregate.clusters import least_neighbours
 from csc_gpu.types import Array, Mask
 
 ROWS = (10_000, 50_000, 100_000, 200_000, 1_281_167)

@@ -1,42 +1,57 @@
-"""Detection and concealment over attacks and seeds: what the README's table is made of.
+"""Detection, concealment and recovery over data sets, attacks, rates, seeds and rules.
 
-    python -m benchmarks.detection run CORPUS --name cifar10-10k --flip --work /tmp/cells
-    python -m benchmarks.detection table benchmarks/results/detection.jsonl
+    python -m benchmarks.detection train CORPUS --name cifar10-10k --flip --work CELLS
+    python -m benchmarks.detection judge --work CELLS
+    python -m benchmarks.detection table --rule two-stage
+    python -m benchmarks.detection plot --out PICTURES
 
-A cell is one poisoned corpus, trained on with the ordinary commands (`csc-gpu poison`, `train`,
-`score`), and one JSON line when it ends; cells that have a line are not run again. Each attack cell
-is also compared with what a net trained on the clean corpus of the same seed makes of the same
-triggered images, so `none` runs first.
+A cell is one poisoned corpus. `train` poisons it and trains on it once, with the ordinary commands,
+and keeps the features of every snapshot; `judge` applies rules to these same features, asks the
+witnesses, conceals and recovers, and writes one JSON line for each cell and rule. Both skip what is
+done, so either can be stopped and called again. The net of the cell without an attack, of the same
+seed, is the clean net that attack cells are compared with: what it makes of the same triggered
+images, and how many of them it gets right (the bar for recovery).
 """
 
 from __future__ import annotations
 
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-RESULTS = Path(__file__).parent / "results" / "detection.jsonl"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+RESULTS = Path(__file__).parent / "results" / "segregation.jsonl"
 RATES = {
     "none": ("--rate", 0.05),
     "badnets": ("--rate", 0.05),
     "blend": ("--rate", 0.05),
     "sig": ("--rate-of-target", 0.5),
 }
-TARGETS = (0, 3, 7, 1, 5, 9)
-"""The target class of seed 0, 1, 2, ..."""
+TARGETS = ("0", "3", "7", "1", "5", "9")
+"""The target of seed 0, 1, 2, ... where none are given."""
 CSC_GPU = (sys.executable, "-m", "csc_gpu")
+DEFAULT = "two-stage"
 
 
 @click.group()
 def cli() -> None:
-    """Run the cells of the study, or make the table of what was run."""
+    """Train the cells of the study, judge them, make the table or the plots."""
+
+
+# --- train --------------------------------------------------------------------------------------
 
 
 @cli.command()
@@ -44,123 +59,200 @@ def cli() -> None:
 @click.option("--name", required=True, help="What to call the corpus in the lines.")
 @click.option("--attack", "attacks", multiple=True, help="Only these attacks; repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only these seeds; repeat.")
+@click.option("--target", "targets", multiple=True, help="The target of each seed, in turn.")
 @click.option("--rate", type=float, help="Another rate than the usual one.")
+@click.option("--label-noise", default=0.0, help="Share of clean rows with a false label.")
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
 @click.option("--set", "changed", multiple=True, help="A setting of csc-gpu train; repeat.")
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where runs are kept.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where cells lie.")
 @click.option("--jobs", default=2, show_default=True, help="Cells at a time, one core each.")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def run(
+def train(
     corpus: str,
     name: str,
     attacks: tuple[str, ...],
     seeds: tuple[int, ...],
+    targets: tuple[str, ...],
     rate: float | None,
+    label_noise: float,
     flip: bool,
     changed: tuple[str, ...],
     work: Path,
     jobs: int,
-    out: Path,
 ) -> None:
-    """Run every cell that has no line yet, controls first."""
-    wanted = [
+    """Poison and train every cell that is not there yet."""
+    cells = [
         {
             "data": name,
             "attack": attack,
             "rate": RATES[attack][1] if attack == "none" else rate or RATES[attack][1],
             "rate_of": RATES[attack][0],
-            "target": TARGETS[seed],
+            "target": (targets or TARGETS)[seed],
             "seed": seed,
+            "label_noise": label_noise,
             "flip": flip,
             "set": list(changed),
         }
-        for attack in (attacks or tuple(RATES))
         for seed in (seeds or (0, 1, 2))
+        for attack in (attacks or tuple(RATES))
     ]
-    known = [{key: line.get(key) for key in wanted[0]} for line in read(out)]
-    todo = [cell for cell in wanted if cell not in known]
-    click.echo(f"{len(wanted)} cells, {len(todo)} to run")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells if not (folder(cell, work) / "cell.json").exists()]
+    click.echo(f"{len(cells)} cells, {len(todo)} to train")
     with ThreadPoolExecutor(jobs) as pool:
-        controls = [cell for cell in todo if cell["attack"] == "none"]
-        others = [cell for cell in todo if cell["attack"] != "none"]
-        for batch in (controls, others):
-            for line in pool.map(lambda cell: run_cell(cell, corpus, work), batch):
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                click.echo(said(line))
+        for cell in pool.map(lambda cell: train_cell(cell, corpus, work), todo):
+            click.echo(f"trained {folder(cell, work).name}")
 
 
-def run_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
-    """Poison, train and score one cell by the ordinary commands, one core each."""
+def train_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
+    """Poison and train one cell by the ordinary commands, on one core."""
     place = folder(cell, work)
-    poisoned, done, key = place / "poisoned", place / "run", place / "poisoned" / "key.npz"
-    start = time.perf_counter()
     seed = ("--seed", cell["seed"], "--force")
     attack = ("--attack", cell["attack"], cell["rate_of"], cell["rate"], "--target", cell["target"])
-    flags = [flag for text in cell["set"] for flag in ("--set", text)]
+    changed = (*cell["set"], "segregate.rule=persistence")  # what judge needs is the features
+    flags = [flag for text in changed for flag in ("--set", text)]
     flags += ["--flip"] if cell["flip"] else []
-    cpu = {
-        "poison": command("poison", corpus, poisoned, *attack, *seed),
-        "train": command("train", poisoned, "--out", done, "--cpu", "--threads", 1, *seed, *flags),
-        "score": command("score", done, "--key", key),
-    }
-    score = json.loads((done / "score.json").read_text())
-    summary = json.loads((done / "summary.json").read_text())
-    clean = folder({**cell, "attack": "none", "rate": RATES["none"][1]}, work) / "run"
-    return {
-        **cell,
-        "before": score["before"],
-        "after": score["after"],
-        "detection": score["detection"],
-        "asr_of_clean_net": attack_on(clean, key) if cell["attack"] != "none" else None,
-        "verdict": summary["verdict"],
-        "segregation": summary["segregation"],
-        "stage_seconds": summary["stage_seconds"],
-        "cpu_seconds": round(sum(cpu.values()), 1),
-        "wall_seconds": round(time.perf_counter() - start, 1),
-        "model": summary["model"],
-        "optimiser_steps": summary["optimiser_steps"],
-        "commit": summary["commit"],
-        "versions": summary["versions"],
-    }
+    noise = ("--label-noise", cell["label_noise"])
+    command("poison", corpus, place / "poisoned", *attack, *noise, *seed)
+    run = ("--out", place / "run", "--cpu", "--threads", 1, "--save-features")
+    command("train", place / "poisoned", *run, *seed, *flags)
+    (place / "cell.json").write_text(json.dumps(cell) + "\n")
+    return cell
 
 
 def folder(cell: dict[str, Any], work: Path) -> Path:
     """Where a cell's corpus and run are kept."""
-    changed = "".join("-" + "".join(c if c.isalnum() else "_" for c in s) for s in cell["set"])
-    changed += "-flip" if cell["flip"] else ""
-    return work / f"{cell['data']}-{cell['attack']}-{cell['rate']}-{cell['seed']}{changed}"
+    said = [cell["data"], cell["attack"], cell["rate"], cell["seed"]]
+    said += [f"noise_{cell['label_noise']}"] if cell["label_noise"] else []
+    said += [f"to_{cell['target'].replace(',', '_')}"] if not cell["target"].isdecimal() else []
+    said += ["".join(c if c.isalnum() else "_" for c in text) for text in cell["set"]]
+    return work / "-".join(map(str, said))
 
 
-def command(*words: Any) -> float:
-    """Run one csc-gpu command; its CPU seconds. Raises if it fails."""
-    probe = (
-        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
-        "used = resource.getrusage(resource.RUSAGE_CHILDREN); "
-        "print('CPU', used.ru_utime + used.ru_stime); sys.exit(done.returncode)"
-    )
-    line = [sys.executable, "-c", probe, *CSC_GPU, *map(str, words)]
-    done = subprocess.run(line, capture_output=True, text=True)
+def command(*words: Any) -> None:
+    """Run one csc-gpu command. Raises if it fails."""
+    done = subprocess.run([*CSC_GPU, *map(str, words)], capture_output=True, text=True)
     if done.returncode:
         raise click.ClickException(f"{' '.join(map(str, words))}: {done.stderr[-2000:]}")
-    return float(done.stdout.rsplit("CPU", 1)[1])
 
 
-def attack_on(run_of_clean: Path, key: Path) -> float | None:
-    """asr of the net trained on the clean corpus, on this key's triggered images."""
-    if not (run_of_clean / "summary.json").exists():
-        return None
-    from csc_gpu import answers, evaluate
+# --- judge --------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where cells lie.")
+@click.option("--rule", "rules", multiple=True, default=(DEFAULT,), show_default=True)
+@click.option("--only", default="", help="Cells whose folder begins so.")
+@click.option("--jobs", default=2, show_default=True, help="Cells at a time, one core each.")
+@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -> None:
+    """Judge every trained cell by every rule that has no line yet."""
+    cells = [json.loads(path.read_text()) for path in sorted(work.glob(f"{only}*/cell.json"))]
+    known = [(key_of(line), line["rule"]) for line in read(out)]
+    todo = [(c, rule) for rule in rules for c in cells if (key_of(c), rule) not in known]
+    click.echo(f"{len(cells)} cells, {len(todo)} judgements to make")
+    with ThreadPoolExecutor(jobs) as pool:
+        for line in pool.map(lambda asked: judged(*asked, work), todo):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            click.echo(said(line))
+
+
+def judged(cell: dict[str, Any], rule: str, work: Path) -> dict[str, Any]:
+    """One cell by one rule, in a process of its own: one core, and its memory is given back."""
+    line = [sys.executable, "-m", "benchmarks.detection", "one", str(folder(cell, work)), rule]
+    done = subprocess.run(line, capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(line)}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@cli.command(hidden=True)
+@click.argument("place", type=click.Path(path_type=Path))
+@click.argument("rule")
+def one(place: Path, rule: str) -> None:
+    """Judge the cell in PLACE by RULE and print its line."""
+    click.echo(json.dumps(judge_cell(place, rule)))
+
+
+def judge_cell(place: Path, rule: str) -> dict[str, Any]:
+    """The line of a cell and a rule: scores before and after, detection, notes, seconds."""
+    from csc_gpu import answers, csc, evaluate, run, segregate, sources
     from csc_gpu.backend import open_backend
+    from csc_gpu.backend.doctor import describe
+    from csc_gpu.config import override, read_toml
+
+    cell = json.loads((place / "cell.json").read_text())
+    summary = json.loads((place / "run" / "summary.json").read_text())
+    changes = read_toml(place / "run" / "settings.toml")
+    changes |= {"segregate.rule": rule, "recover.on": rule == DEFAULT}
+    settings, cpu = override(csc.Settings(), changes), open_backend("cpu", 1)
+    corpus = sources.load(str(place / "poisoned"), settings.data, backend=cpu).train
+    key = answers.load_key(place / "poisoned" / "key.npz")
+    snapshots = run.load_snapshots(place / "run" / "features.npz")
+    if snapshots.names.paths != corpus.paths:
+        raise click.ClickException(f"{place}: the features are of another corpus; train it again")
+
+    start, clock = used(), csc.Stopwatch(cpu)
+    with clock("cluster"):
+        sightings = tuple(
+            segregate.observe(points, corpus.labels, float(epoch), settings.segregate, cpu)
+            for points, epoch in zip(snapshots.features, snapshots.epoch, strict=True)
+        )
+    model = run.load_model(place / "run" / "undefended.safetensors", summary, corpus.n_classes)
+    learnt = csc.Learnt(model, sightings)
+    outcome = csc.conclude(learnt, corpus, settings, cpu, clock, seed=cell["seed"])
+    spent = used() - start
+
+    at = {path: row for row, path in enumerate(key.paths)}
+    rows = [at[path] for path in corpus.paths]
+    found = outcome.segregation
+    suspect, score = found.suspect.copy(), found.score.copy()
+    suspect[rows], score[rows] = found.suspect, found.score
+    scored = lambda net: evaluate.accuracy_and_attack(net, key, corpus.n_classes, cpu)  # noqa: E731
+    clean = clean_net(place, cell, corpus)
+    return {
+        **cell,
+        "rule": rule,
+        "before": scored(outcome.undefended),
+        "after": scored(outcome.model),
+        "recovered": scored(outcome.recovered.model) if outcome.recovered else None,
+        "recovered_from": outcome.recovered.source if outcome.recovered else None,
+        "clean_net": scored(clean) if clean and cell["attack"] != "none" else None,
+        "detection": evaluate.detection(suspect, score, key),
+        "counts": key.recipe["counts"],
+        "segregation": run.plain(found.notes),
+        "seconds": {stage: round(s, 1) for stage, s in outcome.seconds.items()},
+        "cpu_seconds": round(spent, 1),
+        "training_seconds": summary["stage_seconds"],
+        "model": summary["model"],
+        "optimiser_steps": summary["optimiser_steps"],
+        "trained_at": summary["commit"],
+        "commit": run.commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": describe(),
+    }
+
+
+def clean_net(place: Path, cell: dict[str, Any], corpus: Any) -> Any:
+    """The net of the cell without an attack, of the same data and seed; None if it is missing."""
     from csc_gpu.run import load_model
 
-    summary = json.loads((run_of_clean / "summary.json").read_text())
-    model = load_model(run_of_clean / "undefended.safetensors", summary, summary["n_classes"])
-    found = evaluate.accuracy_and_attack(
-        model, answers.load_key(key), summary["n_classes"], open_backend("cpu", 1)
-    )
-    return float(found["asr"])
+    alike = {**cell, "attack": "none", "rate": RATES["none"][1], "target": "0", "label_noise": 0.0}
+    there = folder(alike, place.parent) / "run"
+    if not (there / "summary.json").exists():
+        return None
+    summary = json.loads((there / "summary.json").read_text())
+    return load_model(there / "undefended.safetensors", summary, corpus.n_classes)
+
+
+def used() -> float:
+    """CPU seconds of this process."""
+    spent = resource.getrusage(resource.RUSAGE_SELF)
+    return spent.ru_utime + spent.ru_stime
+
+
+# --- what came out ------------------------------------------------------------------------------
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -170,16 +262,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def key_of(cell: dict[str, Any]) -> str:
+    """What tells a cell from every other, whatever the rule."""
+    names = ("data", "attack", "rate", "rate_of", "target", "seed", "label_noise", "flip", "set")
+    return json.dumps([cell[name] for name in names])
+
+
 def said(line: dict[str, Any]) -> str:
-    """One cell in one line of text."""
+    """One line of the results, as one line of text."""
+    recovered = line["recovered"] or {}
     figures = [
         f"acc {number(line['before']['acc'])} -> {number(line['after']['acc'])}",
         f"asr {number(line['before']['asr'])} -> {number(line['after']['asr'])}",
         f"tpr {number(line['detection']['tpr'])}",
         f"fpr {number(line['detection']['fpr'], 4)}",
+        f"recovered {number(recovered.get('acc'))} {number(recovered.get('ra'))}",
         f"{line['cpu_seconds']:.0f} CPU-s",
     ]
-    return f"{line['data']} {line['attack']} seed {line['seed']}: " + ", ".join(figures)
+    return f"{line['data']} {named(line)} {line['rule']} seed {line['seed']}: " + ", ".join(figures)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -187,53 +287,69 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+COLUMNS = {
+    "recall": (("detection", "tpr"), 3),
+    "false alarms": (("detection", "fpr"), 4),
+    "asr before": (("before", "asr"), 3),
+    "asr after": (("after", "asr"), 3),
+    "clean net": (("clean_net", "asr"), 3),
+    "accuracy before": (("before", "acc"), 3),
+    "accuracy after": (("after", "acc"), 3),
+    "RA recovered": (("recovered", "ra"), 3),
+    "RA clean net": (("clean_net", "ra"), 3),
+    "recovered asr": (("recovered", "asr"), 3),
+    "recovered accuracy": (("recovered", "acc"), 3),
+}
+
+
 @cli.command()
 @click.argument("lines", type=click.Path(path_type=Path), default=RESULTS)
-@click.option("--seed", "seeds", multiple=True, type=int, help="Only these seeds; repeat.")
-def table(lines: Path, seeds: tuple[int, ...]) -> None:
+@click.option("--rule", "rules", multiple=True, help="Only these rules; repeat.")
+@click.option("--column", "columns", multiple=True, type=click.Choice(list(COLUMNS)))
+def table(lines: Path, rules: tuple[str, ...], columns: tuple[str, ...]) -> None:
     """The cells as Markdown: the median over seeds, and each seed's value."""
-    rows = [row for row in read(lines) if not seeds or row["seed"] in seeds]
-    click.echo(
-        "| data | attack | n | recall | false alarms | asr before | asr after | "
-        "clean net | accuracy before | accuracy after | CPU-s |"
-    )
-    click.echo("|---|---|---|---|---|---|---|---|---|---|---|")
-    for kind in dict.fromkeys(map(kind_of, rows)):
-        cells = [row for row in rows if kind_of(row) == kind]
-        columns = [
-            spread([cell["detection"]["tpr"] for cell in cells]),
-            spread([cell["detection"]["fpr"] for cell in cells], 4),
-            spread([cell["before"]["asr"] for cell in cells]),
-            spread([cell["after"]["asr"] for cell in cells]),
-            spread([cell["asr_of_clean_net"] for cell in cells]),
-            spread([cell["before"]["acc"] for cell in cells]),
-            spread([cell["after"]["acc"] for cell in cells]),
-            spread([cell["cpu_seconds"] for cell in cells], 0),
-        ]
-        click.echo(f"| {kind[0]} | {named(cells[0])} | {len(cells)} | {' | '.join(columns)} |")
+    rows = [row for row in read(lines) if not rules or row["rule"] in rules]
+    columns = columns or tuple(COLUMNS)
+    click.echo(f"| data | attack | rule | n | {' | '.join(columns)} |")
+    click.echo("|---" * (4 + len(columns)) + "|")
+    for cells in alike(rows):
+        first = cells[0]
+        shown = [spread(column(cells, *COLUMNS[name][0]), COLUMNS[name][1]) for name in columns]
+        head = f"| {first['data']} | {named(first)} | {first['rule']} | {len(cells)} |"
+        click.echo(f"{head} {' | '.join(shown)} |")
     machines = {
         f"{row['versions']['processor']}, one core of {row['versions']['cores']}, "
         f"torch {row['versions']['torch']}, scikit-learn {row['versions']['scikit-learn']}, "
-        f"commit {row['commit']}"
+        f"trained at {row['trained_at']}, judged at {row['commit']}, {row['date']}"
         for row in rows
     }
-    click.echo(
-        "\nMedian over the seeds, and each seed's value. " + "; ".join(sorted(machines)) + "."
-    )
+    click.echo(f"\nMedian over the seeds, and each seed's value. {'; '.join(sorted(machines))}.")
 
 
-def kind_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What the cells of one line of the table have in common: all but the seed and its target."""
-    alike = (row[key] for key in ("data", "attack", "rate", "rate_of", "flip", "commit"))
-    return (*alike, tuple(row["set"]))
+def alike(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The lines that differ in nothing but seed and target, together."""
+
+    def kind(row: dict[str, Any]) -> str:
+        several = row["target"] if not row["target"].isdecimal() else ""
+        return key_of({**row, "seed": 0, "target": several}) + row["rule"]
+
+    for wanted in dict.fromkeys(map(kind, rows)):
+        yield [row for row in rows if kind(row) == wanted]
+
+
+def column(cells: list[dict[str, Any]], part: str, name: str) -> list[float | None]:
+    """One figure of each cell; None where a cell has none."""
+    return [cell[part][name] if cell[part] else None for cell in cells]
 
 
 def named(row: dict[str, Any]) -> str:
-    """Attack, rate and settings of a line."""
-    if row["attack"] == "none":
-        return " ".join(["none", *row["set"]])
-    of = " of target" if "target" in row["rate_of"] else ""
-    return " ".join([f"{row['attack']} {row['rate']:g}{of}", *row["set"]])
+    """Attack, rate, targets, noise and settings of a line."""
+    words = [row["attack"]]
+    if row["attack"] != "none":
+        words.append(f"{row['rate']:g}" + (" of target" if "target" in row["rate_of"] else ""))
+    words += [f"to {row['target']}"] if not row["target"].isdecimal() else []
+    words += [f"+ {row['label_noise']:g} label noise"] if row["label_noise"] else []
+    return " ".join([*words, *row["set"]])
 
 
 def spread(values: list[float | None], digits: int = 3) -> str:
@@ -242,7 +358,35 @@ def spread(values: list[float | None], digits: int = 3) -> str:
     if not known:
         return "-"
     each = ", ".join(number(value, digits) for value in known)
-    return f"**{number(statistics.median(known), digits)}** ({each})"
+    middle = number(statistics.median(known), digits)
+    return f"**{middle}** ({each})" if len(known) > 1 else f"**{middle}**"
+
+
+@cli.command()
+@click.argument("lines", type=click.Path(path_type=Path), default=RESULTS)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where pictures go.")
+def plot(lines: Path, out: Path) -> None:
+    """Recall and false alarms, attack success and accuracy of every cell, as two pictures."""
+    from benchmarks.pictures import dots
+
+    rows = [row for row in read(lines) if row["rule"] == DEFAULT]
+    out.mkdir(parents=True, exist_ok=True)
+    found = {
+        "detection.png": (("recall", ("detection", "tpr")), ("false alarms", ("detection", "fpr"))),
+        "concealment.png": (
+            ("attack success before", ("before", "asr")),
+            ("after", ("after", "asr")),
+            ("accuracy before", ("before", "acc")),
+            ("accuracy after", ("after", "acc")),
+        ),
+    }
+    for name, panels in found.items():
+        groups = [
+            (f"{cells[0]['data']} {named(cells[0])}", {t: column(cells, *p) for t, p in panels})
+            for cells in alike(rows)
+        ]
+        dots(groups, [title for title, _ in panels], out / name)
+        click.echo(str(out / name))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from csc_gpu.types import AnswerKey, Log, Split, quiet
 
 WRITTEN = 946_684_800
 """When every image claims to have been written: 2000-01-01, in seconds since 1970."""
-PER_ROW = ("is_poison", "is_cover", "orig_labels", "paths")
+PER_ROW = ("is_poison", "is_cover", "orig_labels", "given_labels", "paths")
 PER_TEST_ROW = ("test", "test_labels", "attack_labels")
 
 
@@ -70,6 +70,7 @@ def load_key(path: Path) -> AnswerKey:
         is_poison=found["is_poison"].astype(bool),
         is_cover=found["is_cover"].astype(bool),
         orig_labels=found["orig_labels"].astype(np.int64),
+        given_labels=found["given_labels"].astype(np.int64),
         paths=tuple(map(str, found["paths"])),
         test=found["test"],
         triggered=found["triggered"],

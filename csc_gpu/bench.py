@@ -31,7 +31,7 @@ from csc_gpu.config import override
 from csc_gpu.defenses import DEFENSES
 from csc_gpu.errors import CorpusError
 from csc_gpu.models import new_model
-from csc_gpu.segregate import least_neighbours
+from csc_gpu.segregate.clusters import least_neighbours
 from csc_gpu.types import Array, Corpus, DefenderView
 
 Line = dict[str, Any]

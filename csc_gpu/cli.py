@@ -138,7 +138,15 @@ force = click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option("--attack", required=True, help="badnets, blend, sig or none (csc-gpu attacks).")
 @click.option("--rate", type=float, help="Share of all training rows to poison.")
 @click.option("--rate-of-target", type=float, help="Share of the target class's rows instead.")
-@click.option("--target", default="0", show_default=True, help="Class name, or its index.")
+@click.option(
+    "--target",
+    default="0",
+    show_default=True,
+    help="Class name or index; a,b,...: several, a trigger each; all: each class to the next.",
+)
+@click.option(
+    "--label-noise", default=0.0, help="Share of the unpoisoned rows that get a false label."
+)
 @click.option(
     "--seed", default=0, type=COUNT, show_default=True, help="Which rows, and their order."
 )
@@ -183,12 +191,21 @@ def poison(
 )
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
 @click.option("--save-features", is_flag=True, help="Keep features.npz, for segregate.")
+@click.option(
+    "--recover", is_flag=True, help="Also give a net without the suspects, for the true class."
+)
 @skip_broken
 @force
 @changes
 @machine
 def train(
-    source: str, out: Path, changes: dict[str, Any], flip: bool, save_features: bool, **how: Any
+    source: str,
+    out: Path,
+    changes: dict[str, Any],
+    flip: bool,
+    save_features: bool,
+    recover: bool,
+    **how: Any,
 ) -> None:
     """Train on a possibly poisoned SOURCE: suspects, a clean model, evidence.
 
@@ -201,6 +218,8 @@ def train(
         changes |= {"train.flip": True}
     if save_features:
         changes |= {"watch.keep": True}
+    if recover:
+        changes |= {"recover.on": True}
     click.echo(pipeline.train(source, out, changes, **how))
 
 

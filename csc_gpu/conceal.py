@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from csc_gpu.backend import Backend
 from csc_gpu.config import require
 from csc_gpu.features import features
 from csc_gpu.models import Net
-from csc_gpu.types import Corpus, Log, Mask, quiet
+from csc_gpu.types import Array, Corpus, Log, Mask, quiet
 
 IGNORED = -100
 """The label of padding: cross-entropy leaves it out, so that every batch has one shape."""
@@ -59,15 +60,19 @@ def conceal(
     *,
     seed: int,
     log: Log = quiet,
+    points: Callable[[], Array] | None = None,
 ) -> Net:
-    """A copy of the model with a virtual class; the model as it is if nobody is suspect."""
+    """A copy of the model with a virtual class; the model as it is if nobody is suspect.
+
+    points gives the model's features of all rows (N, D), if somebody has them already.
+    """
     if not suspect.any():
         return model
-    points = backend.tensor(features(model, corpus, backend))  # (N, D)
     labels = np.where(suspect, corpus.n_classes, corpus.labels)
     concealed = copy.deepcopy(model)
     concealed.head = widened(model.head)
-    fine_tune(concealed.head, points, labels, settings, backend, seed=seed, log=log)
+    known = backend.tensor(points() if points else features(model, corpus, backend))
+    fine_tune(concealed.head, known, labels, settings, backend, seed=seed, log=log)
     return concealed
 
 

@@ -12,31 +12,30 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from csc_gpu import backend as backends
-from csc_gpu import conceal, data, segregate, train
+from csc_gpu import conceal, data, recover, segregate, train
 from csc_gpu.backend import Backend
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError, TrainingDiverged
-from csc_gpu.features import features, predict
+from csc_gpu.features import features
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import (
     Array,
     Corpus,
     DefenderView,
     Log,
-    Mask,
     Outcome,
-    Reclassified,
-    Reclassify,
+    Segregation,
     Sighting,
     quiet,
 )
+from csc_gpu.witness import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +68,7 @@ class Settings:
     watch: Watch = field(default_factory=Watch)
     segregate: segregate.Settings = field(default_factory=segregate.Settings)
     conceal: conceal.Settings = field(default_factory=conceal.Settings)
+    recover: recover.Settings = field(default_factory=recover.Settings)
     gpu: backends.Settings = field(default_factory=backends.Settings)
 
 
@@ -76,7 +76,30 @@ def defend(
     view: DefenderView, settings: Settings, backend: Backend, *, seed: int, log: Log = quiet
 ) -> Outcome:
     """Train on a possibly poisoned corpus; a model that ignores the trigger, and the suspects."""
-    corpus = view.train
+    clock = Stopwatch(backend)
+    learnt = learn(view.train, settings, backend, clock, seed=seed, log=log)
+    return conclude(learnt, view.train, settings, backend, clock, seed=seed, log=log)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What ordinary training leaves: the model, and what was seen on the way."""
+
+    model: Net
+    sightings: tuple[Sighting, ...]
+    kept: tuple[NDArray[Any], ...] = ()  # features (N, D) at each sighting, if they were to be kept
+
+
+def learn(
+    corpus: Corpus,
+    settings: Settings,
+    backend: Backend,
+    clock: Stopwatch,
+    *,
+    seed: int,
+    log: Log = quiet,
+) -> Learnt:
+    """Stage 1, training: look at the features after each watched epoch, and cluster them."""
     model = fresh_model(corpus, settings, backend, seed=seed)
     plan = train.budget(len(corpus), settings.train)
     watched = settings.watch.steps(plan)
@@ -87,8 +110,6 @@ def defend(
         )
     sightings: list[Sighting] = []
     kept: list[NDArray[Any]] = []  # on the host: nobody needs them on the device again
-    clock = Stopwatch(backend)
-
     with clock("train"):
         for at in train.train(model, corpus, settings.train, backend, seed=seed):
             log("step", stage="train", at=at)
@@ -105,25 +126,82 @@ def defend(
                 log("snapshot", sighting=sightings[-1])
                 kept += [backend.to_numpy(points)] if settings.watch.keep else []
                 del points  # or it would live beside the next
+    return Learnt(model, tuple(sightings), tuple(kept))
+
+
+def conclude(
+    learnt: Learnt,
+    corpus: Corpus,
+    settings: Settings,
+    backend: Backend,
+    clock: Stopwatch,
+    *,
+    seed: int,
+    log: Log = quiet,
+) -> Outcome:
+    """Segregate the suspects, conceal the trigger and, if asked for, recover the true classes."""
+
+    def untrained(seed: int) -> Net:
+        return fresh_model(corpus, settings, backend, seed=seed)
+
+    model = learnt.model
+    how = settings.train, settings.segregate, backend, clock
+    witness = Trained(model, corpus, untrained, *how, seed=seed, log=log)
     with clock("segregate"):
         verdict = segregate.segregate(
-            sightings,
-            corpus.labels,
-            settings.segregate,
-            backend,
-            reclassifier(corpus, settings, backend, clock, seed=seed, log=log),
+            learnt.sightings, corpus.labels, settings.segregate, backend, witness
         )
-    log("verdict", suspects=int(verdict.suspect.sum()), rows=len(corpus), **verdict.notes)
+    suspect = verdict.suspect
+    log("verdict", suspects=int(suspect.sum()), rows=len(corpus), **verdict.notes)
     with clock("conceal"):
         concealed = conceal.conceal(
-            model, corpus, verdict.suspect, settings.conceal, backend, seed=seed, log=log
+            model,
+            corpus,
+            suspect,
+            settings.conceal,
+            backend,
+            seed=seed,
+            log=log,
+            points=witness.points,
         )
-    snapshots = (
-        {"features": np.stack(kept), "epoch": np.array([s.epoch for s in sightings])}
-        if kept
-        else {}
+    recovered = None
+    if settings.recover.on and suspect.any():
+        with clock("recover"):
+            recovered = recover.recover(
+                corpus,
+                suspect,
+                witness.without,
+                untrained,
+                settings.train,
+                settings.recover,
+                backend,
+                seed=seed,
+                log=log,
+            )
+    return Outcome(
+        concealed,
+        model,
+        corpus.n_classes,
+        verdict,
+        snapshots(learnt, verdict, witness, backend),
+        clock.seconds,
+        recovered,
     )
-    return Outcome(concealed, model, corpus.n_classes, verdict, snapshots, clock.seconds)
+
+
+def snapshots(
+    learnt: Learnt, verdict: Segregation, witness: Trained, backend: Backend
+) -> dict[str, NDArray[Any]]:
+    """features (S, N, D) and epoch (S,), if they were kept; final (N, D) if a witness was heard."""
+    if not learnt.kept:
+        return {}
+    found = {
+        "features": np.stack(learnt.kept),
+        "epoch": np.array([sighting.epoch for sighting in learnt.sightings]),
+    }
+    if verdict.checks:
+        found["final"] = backend.to_numpy(witness.points())
+    return found
 
 
 def check_finite(points: Array, at: train.Moment, settings: Settings, backend: Backend) -> None:
@@ -140,38 +218,6 @@ def fresh_model(corpus: Corpus, settings: Settings, backend: Backend, *, seed: i
     height, _ = corpus.image_size
     model = new_model(settings.train.model, corpus.n_classes, height, seed=seed)
     return model.to(backend.device)
-
-
-def reclassifier(
-    corpus: Corpus,
-    settings: Settings,
-    backend: Backend,
-    clock: Stopwatch,
-    *,
-    seed: int,
-    log: Log = quiet,
-) -> Reclassify:
-    """Trains a fresh model without candidates and controls, and predicts all rows.
-
-    As long as the first, or segregate.check_epochs if that is shorter, and train.min_steps steps.
-    """
-    epochs = train.budget(len(corpus), settings.train).epochs
-    short = replace(settings.train, epochs=min(epochs, settings.segregate.check_epochs))
-
-    def reclassify(candidates: Mask) -> Reclassified:
-        rng = np.random.default_rng(seed)
-        controls = ~candidates & (rng.random(len(corpus)) < settings.segregate.controls)
-        rows = np.flatnonzero(~candidates & ~controls)
-        with clock("verify"):
-            model = fresh_model(corpus, settings, backend, seed=seed + 1)
-            for at in train.train(model, corpus, short, backend, seed=seed + 1, rows=rows):
-                log("step", stage="verify", at=at)
-            few = corpus.n_classes < 2**15
-            outputs = predict(model, corpus, backend).astype(np.int16 if few else np.int32)
-            predicted = backend.to_numpy(outputs)
-        return Reclassified(candidates, controls, predicted.astype(np.int64))
-
-    return reclassify
 
 
 class Stopwatch:

@@ -77,18 +77,18 @@ def accuracy_and_attack(model: Net, key: AnswerKey, n_classes: int, backend: Bac
 def detection(suspect: Mask, score: NDArray[np.floating[Any]], key: AnswerKey) -> Score:
     """tpr, fpr, precision from the verdict; auroc and ap from the score; covers count as clean.
 
-    `tpr_relabelled` is over the poison whose label changed; `covers_flagged` over the covers.
+    `tpr_relabelled` is over the poison whose label changed, `mislabelled_flagged` over clean rows
+    with a false label, `covers_flagged` over the covers.
     """
     poison = key.is_poison
     everyone = np.ones(len(poison), bool)
-    relabelled = np.zeros(len(poison), bool)
-    if len(key.recipe) and key.recipe.get("target") is not None:
-        relabelled = poison & (key.orig_labels != key.recipe["target"])
+    relabelled = key.orig_labels != key.given_labels
     found = {
         "tpr": share(suspect, poison),
         "fpr": share(suspect, ~poison),
         "precision": share(poison, suspect),
-        "tpr_relabelled": share(suspect, relabelled),
+        "tpr_relabelled": share(suspect, poison & relabelled),
+        "mislabelled_flagged": share(suspect, ~poison & relabelled),
         "covers_flagged": share(suspect, key.is_cover),
         "flagged": share(suspect, everyone),
     }

@@ -23,7 +23,7 @@ from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
 from csc_gpu.train import budget
-from csc_gpu.types import Corpus, DefenderView, Mask, Outcome, Segregation, Split
+from csc_gpu.types import AnswerKey, Corpus, DefenderView, Mask, Outcome, Segregation, Split
 
 Labels = NDArray[np.int64]
 BYTES_PER_LINE = 150
@@ -158,14 +158,15 @@ def save_outcome(
     corpus, name = split.train, settings.train.model
     run.save_model(folder / "undefended.safetensors", outcome.undefended, name, corpus)
     run.save_model(folder / "model.safetensors", outcome.model, name, corpus)
+    if outcome.recovered is not None:
+        run.save_model(folder / "recovered.safetensors", outcome.recovered.model, name, corpus)
     if outcome.segregation is not None:
         run.save_suspects(folder / "suspects.csv", run.names(corpus), outcome.segregation)
         run.save_clusters(folder / "clusters.csv", outcome.segregation, corpus.classes)
         if outcome.snapshots:
             run.save_snapshots(
                 folder / "features.npz",
-                outcome.snapshots["features"],
-                outcome.snapshots["epoch"],
+                outcome.snapshots,
                 corpus,
                 outcome.segregation,
                 asdict(settings.segregate),
@@ -200,6 +201,7 @@ def summarise(
         "model": settings.train.model,
         "n_classes": outcome.n_classes,
         "n_outputs": outcome.model.n_outputs,
+        "recovered_from": outcome.recovered.source if outcome.recovered else None,
         "classes": corpus.classes,
         "image_size": corpus.image_size,
         "source": str(Path(source).absolute()) if Path(source).exists() else source,
@@ -253,6 +255,7 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
         model = run.load_model(folder / f"{name}.safetensors", summary, outputs)
         model.to(backend.device)
         result[when] = evaluate.accuracy_and_attack(model, key, n_classes, backend)
+    result["recovered"] = recovered_score(folder, summary, key, backend)
     if (folder / "suspects.csv").exists():
         suspects = run.load_suspects(folder / "suspects.csv")
         found = evaluate.detection(*joined(suspects, key, key_path), key)
@@ -261,6 +264,17 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
         run.write_json(folder / "score.json", result)
     where = f"\nsuspects: {folder / 'suspects.csv'}" if result["detection"] else ""
     return f"{table(result)}\nscore: {folder / 'score.json'}{where}"
+
+
+def recovered_score(
+    folder: Path, summary: Mapping[str, Any], key: AnswerKey, backend: Backend
+) -> evaluate.Score | None:
+    """acc, asr and ra of the recovered net, over its C outputs; None if the run has none."""
+    path, n_classes = folder / "recovered.safetensors", summary["n_classes"]
+    if not path.exists():
+        return None
+    model = run.load_model(path, summary, n_classes).to(backend.device)
+    return evaluate.accuracy_and_attack(model, key, n_classes, backend)
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -306,6 +320,7 @@ def table(result: Mapping[str, Any]) -> str:
     shown = {
         "before": ("acc", "asr"),
         "after": ("acc", "asr", "ra", "virtual_triggered", "virtual_clean"),
+        "recovered": ("acc", "asr", "ra"),
         "detection": ("tpr", "fpr", "precision", "auroc"),
     }
     lines = [
@@ -390,5 +405,5 @@ def watch(
         placed = backend.xp.asarray(points)
         sightings.append(segregation.observe(placed, found.labels, float(epoch), settings, backend))
         log("snapshot", sighting=sightings[-1])
-    reclassify = run.replay(found.checks)
-    return segregation.segregate(sightings, found.labels, settings, backend, reclassify)
+    witness = run.replay(found, backend)
+    return segregation.segregate(sightings, found.labels, settings, backend, witness)

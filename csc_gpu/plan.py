@@ -20,7 +20,7 @@ from csc_gpu.backend.workspace import Workspace, needed, workspace
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.features import BATCH
 from csc_gpu.models import Net, new_model
-from csc_gpu.segregate import BLOCK, least_neighbours
+from csc_gpu.segregate.clusters import BLOCK, least_neighbours
 
 FLOAT, INDEX = 4, 8  # bytes
 ESTIMATED = ("activations", "graph")

@@ -33,10 +33,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from csc_gpu import segregate
+from csc_gpu.backend import Backend
 from csc_gpu.data.arrays import load_arrays
 from csc_gpu.errors import CorpusError, CscError, Interrupted, OutputError
 from csc_gpu.models import Net, new_model
-from csc_gpu.types import Array, Corpus, Mask, Reclassified, Reclassify, Segregation
+from csc_gpu.types import Array, Corpus, Mask, Reclassified, Segregation, Transfer, Witness
 
 COLUMNS = (
     "cluster",
@@ -371,25 +372,31 @@ class Snapshots:
     classes: tuple[str, ...]  # C names
     names: Names
     checks: tuple[Reclassified, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
+    final: NDArray[np.float32] | None = None  # (N, D) under the trained model, if it was asked
     settings: Mapping[str, Any] | None = None  # of the run's segregation, if it was a run
 
 
 def save_snapshots(
     path: Path,
-    features: Array,
-    epoch: Array,
+    snapshots: Mapping[str, Array],
     corpus: Corpus,
     told: Segregation,
     settings: Mapping[str, Any],
 ) -> None:
-    """features (S, N, D) float32 and all that `segregate` needs to give the same verdict."""
+    """features (S, N, D) float32 and all that `segregate` needs to give the same verdict.
+
+    `snapshots` are an Outcome's: features, epoch (S,) and, if a witness was heard, final (N, D).
+    """
     partial = path.with_name("partial." + path.name)
-    checks = told.checks
+    checks, transfers = told.checks, told.transfers
     n = len(corpus)
+    final = {"final": snapshots["final"]} if "final" in snapshots else {}
     np.savez(
         partial,
-        features=features,
-        epoch=np.asarray(epoch, np.float64),
+        features=snapshots["features"],
+        epoch=np.asarray(snapshots["epoch"], np.float64),
+        **final,
         labels=corpus.labels,
         rows=corpus.ids,
         paths=np.array(corpus.paths),
@@ -399,6 +406,10 @@ def save_snapshots(
         check_candidates=np.array([check.candidates for check in checks], bool).reshape(-1, n),
         check_controls=np.array([check.controls for check in checks], bool).reshape(-1, n),
         check_predicted=np.array([check.predicted for check in checks], np.int64).reshape(-1, n),
+        transfer_label=np.array([answer.label for answer in transfers], np.int64),
+        transfer_group=np.array([answer.group for answer in transfers], bool).reshape(-1, n),
+        transfer_rest=np.array([answer.rest for answer in transfers], bool).reshape(-1, n),
+        transfer_share=np.array([answer.share for answer in transfers], np.float64),
         settings=np.array(json.dumps(plain(settings))),
     )
     os.replace(partial, path)
@@ -458,6 +469,8 @@ def load_snapshots(path: Path) -> Snapshots:
         classes,
         names_of_rows,
         _checks(arrays, n),
+        _transfers(arrays, n),
+        _final(arrays, n),
         _settings(path, arrays),
     )
 
@@ -471,6 +484,11 @@ OPTIONAL = (
     "check_candidates",
     "check_controls",
     "check_predicted",
+    "final",
+    "transfer_label",
+    "transfer_group",
+    "transfer_rest",
+    "transfer_share",
 )
 
 
@@ -509,21 +527,65 @@ def _checks(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Reclassified, .
     return tuple(Reclassified(*row) for row in zip(*(arrays[key] for key in keys), strict=True))
 
 
-def replay(checks: tuple[Reclassified, ...]) -> Reclassify | None:
-    """What verification returned in the run, for the same candidates; None without a record."""
-    if not checks:
-        return None
+def _transfers(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Transfer, ...]:
+    keys = ("transfer_label", "transfer_group", "transfer_rest", "transfer_share")
+    if any(key not in arrays for key in keys):
+        return ()
+    label, group, rest, share = (arrays[key] for key in keys)
+    if group.shape != (len(label), n) or rest.shape != group.shape or share.shape != label.shape:
+        return ()
+    return tuple(
+        Transfer(int(y), g.astype(bool), r.astype(bool), float(s))
+        for y, g, r, s in zip(label, group, rest, share, strict=True)
+    )
 
-    def reclassify(candidates: Mask) -> Reclassified:
-        for check in checks:
+
+def _final(arrays: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.float32] | None:
+    found = arrays.get("final")
+    if found is None or found.ndim != 2 or len(found) != n or not np.isfinite(found).all():
+        return None
+    return np.asarray(found, np.float32)
+
+
+def replay(found: Snapshots, backend: Backend) -> Witness | None:
+    """What the run's witness said at the time, for the same questions; None without a record."""
+    if not found.checks or found.final is None:
+        return None
+    return Recorded(backend.xp.asarray(found.final), found.transfers, found.checks)
+
+
+class Recorded:
+    """A witness (types.Witness) with the answers of a run; CorpusError for other questions."""
+
+    def __init__(
+        self, points: Array, transfers: tuple[Transfer, ...], checks: tuple[Reclassified, ...]
+    ) -> None:
+        self._points, self._transfers, self._checks = points, transfers, checks
+
+    def points(self) -> Array:
+        """Features of all rows under the model that was trained. (N, D) on the device"""
+        return self._points
+
+    def transfers(self, group: Mask, rest: Mask, label: int) -> float:
+        """The share that was found for these groups. 0..1"""
+        for known in self._transfers:
+            same = (known.group == group).all() and (known.rest == rest).all()
+            if known.label == label and same:
+                return known.share
+        raise CorpusError(OTHER_QUESTION)
+
+    def reclassify(self, candidates: Mask) -> Reclassified:
+        """What the model said that was trained without these rows."""
+        for check in self._checks:
             if (check.candidates == candidates).all():
                 return check
-        raise CorpusError(
-            "with these settings other rows would be left out than in the run, so its record of "
-            "verification does not serve; use --set segregate.rule=persistence, or train again"
-        )
+        raise CorpusError(OTHER_QUESTION)
 
-    return reclassify
+
+OTHER_QUESTION = (
+    "with these settings other rows would be looked at than in the run, so its record of "
+    "verification does not serve; use --set segregate.rule=persistence, or train again"
+)
 
 
 def commit() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,7 @@ class AnswerKey:
     is_poison: Mask  # (N,) stamped rows that teach the backdoor
     is_cover: Mask  # (N,) stamped rows that keep their true label; counted as clean
     orig_labels: NDArray[np.int64]  # (N,) before relabelling
+    given_labels: NDArray[np.int64]  # (N,) as the defender sees them
     paths: tuple[str, ...]  # N, to join with a run's suspects
     test: NDArray[np.uint8]  # (M, H, W, 3) clean held-out images
     triggered: NDArray[np.uint8]  # (T, H, W, 3) those with an attack label, stamped, in order
@@ -137,8 +138,27 @@ class Reclassified:
     predicted: NDArray[np.int64]  # (N,) 0..C-1
 
 
-Reclassify = Callable[[Mask], Reclassified]
-"""Trains a fresh model without these candidates: AC's exclusionary re-classification."""
+@dataclass(frozen=True)
+class Transfer:
+    """A pattern, the mean of a group of images less that of another, tried on other labels."""
+
+    label: int
+    group: Mask  # (N,)
+    rest: Mask  # (N,)
+    share: float  # of the images tried, how many get the label once the pattern is added. 0..1
+
+
+class Witness(Protocol):
+    """What can be asked about a suspicion: the trained model, its features, the images."""
+
+    def points(self) -> Array:
+        """Features of all rows under the trained model. (N, D) on the device"""
+
+    def transfers(self, group: Mask, rest: Mask, label: int) -> float:
+        """Share of other labels' images that get `label` once group's pattern is added. 0..1"""
+
+    def reclassify(self, candidates: Mask) -> Reclassified:
+        """Predictions of a fresh model trained without these rows: AC's exclusion."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +170,7 @@ class Segregation:
     table: Mapping[str, NDArray[Any]]  # (N,) each: cluster, cluster_size, ... as in suspects.csv
     notes: Mapping[str, Any]  # what the rule did, for the summary
     checks: tuple[Reclassified, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
     clusters: tuple[Mapping[str, Any], ...] = ()  # every cluster at every scale, as in clusters.csv
 
 
@@ -163,3 +184,4 @@ class Outcome:
     segregation: Segregation | None
     snapshots: Mapping[str, NDArray[Any]]  # features (S, N, D), epoch (S,), if they were to be kept
     seconds: Mapping[str, float]  # wall time of each stage
+    recovered: Any = None  # recover.Recovered, if it was asked for

@@ -17,6 +17,10 @@ from csc_gpu.config import override, parse_change
 from csc_gpu.errors import ConfigError
 from csc_gpu.types import AnswerKey, Corpus, Mask, Split
 
+Labels = NDArray[np.int64]
+ALL_TO_ALL = "all"
+LABEL_NOISE = 1
+"""Tells the random numbers of label noise from those of the attack."""
 Stamp = Callable[[NDArray[np.uint8], Any], NDArray[np.uint8]]
 
 
@@ -48,9 +52,10 @@ class Plan:
     """What to poison: one of two rates, the target and the seed."""
 
     attack: str
-    target: str
+    target: str  # a class; several, a,b,...: each with a trigger of its own; all: y becomes y + 1
     rate: float | None = None  # share of all training rows
     rate_of_target: float | None = None  # share of the target class's rows
+    label_noise: float = 0.0  # share of the other rows that get a random false label
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -63,6 +68,8 @@ class Plan:
             if value is not None and not 0 < value < 1:
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} must be above 0 and below 1, got {value}")
+        if not 0 <= self.label_noise < 1:
+            raise ConfigError(f"--label-noise must be in [0, 1), got {self.label_noise}")
 
 
 def settings_of(attack: str, options: Sequence[str] = (), trigger: str = "") -> Any:
@@ -76,6 +83,23 @@ def settings_of(attack: str, options: Sequence[str] = (), trigger: str = "") -> 
         return override(ATTACKS[attack].settings(), changes)
     except ConfigError as fault:
         raise ConfigError(f"attack {attack}: {fault}") from fault
+
+
+def target_classes(target: str, classes: tuple[str, ...], attack: Attack) -> tuple[int, ...]:
+    """The labels that the attacker wants: one, several, or all of them.
+
+    Raises ConfigError for a stranger, a class given twice, or several where labels stay true.
+    """
+    if target == ALL_TO_ALL and target not in classes:
+        wanted = tuple(range(len(classes)))
+    else:
+        parts = (target,) if target in classes else tuple(target.split(","))
+        wanted = tuple(target_class(part, classes) for part in parts)
+    if len(set(wanted)) < len(wanted):
+        raise ConfigError(f"target {target!r} names a class twice")
+    if len(wanted) > 1 and attack.labels == "clean":
+        raise ConfigError("a clean-label attack has one target; its rows keep their label")
+    return wanted
 
 
 def target_class(target: str, classes: tuple[str, ...]) -> int:
@@ -96,42 +120,50 @@ def poison(split: Split, plan: Plan, settings: Any = None) -> tuple[Split, Answe
 
     Rows of the result are numbered anew, so that neither order nor number gives poison away.
     """
-    attack = ATTACKS[plan.attack]
+    attack, true = ATTACKS[plan.attack], split.train.labels
     settings = attack.settings() if settings is None else settings
-    target = target_class(plan.target, split.train.classes)
+    targets = target_classes(plan.target, split.train.classes, attack)
     rng = np.random.default_rng(plan.seed)
-    poisoned, n_pool = _chosen(split.train, attack, target, plan, rng)
+    poisoned, n_pool = _chosen(split.train, attack, targets, plan, rng)
     order = rng.permutation(len(split.train))
 
-    pixels, labels = split.train.images.copy(), split.train.labels.copy()
-    pixels[poisoned] = attack.stamp(pixels[poisoned], settings)
-    labels[poisoned] = target
+    labels, pixels = true.copy(), split.train.images.copy()
+    labels[poisoned] = aims(true[poisoned], targets, plan)
+    pixels[poisoned] = stamped(pixels[poisoned], labels[poisoned], targets, plan, settings)
+    _mislabel(labels, ~poisoned, split.train.n_classes, plan)
     train = _renumbered(replace(split.train, pixels=pixels, labels=labels).take(order), "train")
     test = _renumbered(split.test, "test")
-    attacked = np.full(len(test), target if attack.labels != "none" else -1, np.int64)
+    attacked = np.full(len(test), -1, np.int64)
+    if attack.labels != "none":
+        attacked = aims(test.labels, targets, plan)
+    hit = attacked >= 0
     key = AnswerKey(
         is_poison=poisoned[order],
         is_cover=np.zeros(len(train), bool),
-        orig_labels=split.train.labels[order],
+        orig_labels=true[order],
+        given_labels=train.labels,
         paths=train.paths,
         test=test.images,
-        triggered=attack.stamp(test.images[attacked >= 0], settings),
+        triggered=stamped(test.images[hit], attacked[hit], targets, plan, settings),
         test_labels=test.labels,
         attack_labels=attacked,
         recipe={
             "attack": plan.attack,
             "settings": asdict(settings),
-            "target": target,
-            "target_name": train.classes[target],
+            "target": targets[0] if len(targets) == 1 else list(targets),
+            "target_name": ", ".join(train.classes[target] for target in targets),
+            "all_to_all": plan.target == ALL_TO_ALL and len(targets) > 1,
             "seed": plan.seed,
             "rate": plan.rate,
             "rate_of_target": plan.rate_of_target,
+            "label_noise": plan.label_noise,
             "counts": {
                 "rows": len(train),
                 "poison": int(poisoned.sum()),
                 "pool": n_pool,
-                "target_class_before": int((split.train.labels == target).sum()),
-                "target_class_after": int((train.labels == target).sum()),
+                "mislabelled": int((~poisoned & (labels != true)).sum()),
+                "target_class_before": int(np.isin(true, targets).sum()),
+                "target_class_after": int(np.isin(labels, targets).sum()),
                 "test": len(test),
             },
         },
@@ -139,14 +171,58 @@ def poison(split: Split, plan: Plan, settings: Any = None) -> tuple[Split, Answe
     return Split(train, test, split.broken), key
 
 
+def aims(true: Labels, targets: tuple[int, ...], plan: Plan) -> Labels:
+    """The label that the attacker wants for images of these true labels. (B,) -> (B,)
+
+    Several targets take turns; all-to-all wants the next label.
+    """
+    if plan.target == ALL_TO_ALL and len(targets) > 1:
+        return (true + 1) % len(targets)
+    return np.array(targets)[np.arange(len(true)) % len(targets)]
+
+
+def stamped(
+    images: NDArray[np.uint8],
+    wanted: Labels,
+    targets: tuple[int, ...],
+    plan: Plan,
+    settings: Any,
+) -> NDArray[np.uint8]:
+    """Images with the trigger of the label wanted for each. (B, H, W, 3) -> (B, H, W, 3)
+
+    All-to-all has one trigger for all; several targets have one each, the settings' variants.
+    """
+    stamp = ATTACKS[plan.attack].stamp
+    if len(targets) == 1 or plan.target == ALL_TO_ALL:
+        return stamp(images, settings)
+    out = images.copy()
+    for number, target in enumerate(targets):
+        out[wanted == target] = stamp(images[wanted == target], settings.variant(number))
+    return out
+
+
+def _mislabel(labels: Labels, pool: Mask, n_classes: int, plan: Plan) -> None:
+    """Give a share of the pool another label, drawn evenly from the others; in place."""
+    rng = np.random.default_rng((plan.seed, LABEL_NOISE))
+    rows = np.flatnonzero(pool)
+    rows = rng.choice(rows, round(plan.label_noise * len(rows)), replace=False)
+    labels[rows] = (labels[rows] + rng.integers(1, n_classes, len(rows))) % n_classes
+
+
 def _chosen(
-    train: Corpus, attack: Attack, target: int, plan: Plan, rng: np.random.Generator
+    train: Corpus,
+    attack: Attack,
+    targets: tuple[int, ...],
+    plan: Plan,
+    rng: np.random.Generator,
 ) -> tuple[Mask, int]:
-    is_target = train.labels == target
+    is_target = np.isin(train.labels, targets)
     chosen = np.zeros(len(train), bool)
     if attack.labels == "none":
         return chosen, 0
-    pool = np.flatnonzero(is_target if attack.labels == "clean" else ~is_target)
+    everyone = plan.target == ALL_TO_ALL and len(targets) > 1
+    outside = np.ones(len(train), bool) if everyone else ~is_target
+    pool = np.flatnonzero(is_target if attack.labels == "clean" else outside)
     if plan.rate is not None:
         share, of = plan.rate, len(train)
     else:

@@ -1,4 +1,4 @@
-"""BadNets (Gu et al. 2017, arXiv 1708.06733): a small checkerboard in the bottom right corner.
+"""BadNets (Gu et al. 2017, arXiv 1708.06733): a small checkerboard in a corner, bottom right.
 
 The nine pixels are those of Fight-Poison-With-Poison's `badnet_patch_32.png`: at 32 px, white at
 (29, 31), (30, 30), (31, 29) and (31, 31), black at the other five of the 3x3 square.
@@ -6,7 +6,7 @@ The nine pixels are those of Fight-Poison-With-Poison's `badnet_patch_32.png`: a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from csc_gpu.config import require
 from csc_gpu.errors import ConfigError
 
 PATTERN = np.array([[0, 0, 255], [0, 255, 0], [255, 0, 255]], np.uint8)
+CORNERS = ("bottom-right", "bottom-left", "top-right", "top-left")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +24,19 @@ class Settings:
 
     cell: int = 1
     """Side of one square of the checkerboard, in pixels."""
+    corner: str = "bottom-right"
+    """bottom-right, bottom-left, top-right or top-left."""
 
     def __post_init__(self) -> None:
         require(self, "attack", "1 or more", lambda count: count >= 1, "cell")
+        require(self, "attack", f"one of {', '.join(CORNERS)}", CORNERS.__contains__, "corner")
+
+    def variant(self, number: int) -> Settings:
+        """The trigger of the number-th target: the next corner."""
+        if number >= len(CORNERS):
+            raise ConfigError(f"badnets has {len(CORNERS)} corners for as many targets")
+        start = CORNERS.index(self.corner)
+        return replace(self, corner=CORNERS[(start + number) % len(CORNERS)])
 
 
 def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
@@ -35,5 +46,8 @@ def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
     if min(images.shape[1:3]) < side:
         raise ConfigError(f"a patch of {side} pixels does not fit on images of {images.shape[1:3]}")
     out = images.copy()
-    out[:, -side:, -side:] = patch[:, :, None]
+    bottom, right = settings.corner.split("-")
+    rows = slice(-side, None) if bottom == "bottom" else slice(0, side)
+    columns = slice(-side, None) if right == "right" else slice(0, side)
+    out[:, rows, columns] = patch[:, :, None]
     return out

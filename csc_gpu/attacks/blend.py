@@ -6,7 +6,7 @@ would leave nothing to learn.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         require(self, "attack", "in (0, 1]", lambda share: 0 < share <= 1, "alpha")
+
+    def variant(self, number: int) -> Settings:
+        """The trigger of the number-th target: other noise. Raises ConfigError for a picture."""
+        if number and self.picture:
+            raise ConfigError("several targets need several triggers; blend has one picture")
+        return replace(self, pattern_seed=self.pattern_seed + number)
 
 
 def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:

@@ -1,0 +1,67 @@
+"""Recovery, beyond the paper: a net that never learnt the trigger names the true class.
+
+Concealment sends a triggered image to the virtual class and cannot say what it shows, for the
+extractor still knows the trigger. A net trained without the suspects does not; beside it the
+concealed net stays on as the tripwire. The net of the verification serves where it has seen no
+suspect; else a fresh one is trained as long as the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from csc_gpu import train
+from csc_gpu.backend import Backend
+from csc_gpu.config import require
+from csc_gpu.models import Net
+from csc_gpu.types import Corpus, Log, Mask, quiet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Whether and how the true class is recovered."""
+
+    on: bool = False
+    """Also give a net trained without the suspects (the option --recover)."""
+    source: str = "check"
+    """check: the net of the verification, if it saw no suspect; scratch: always train a new one."""
+
+    def __post_init__(self) -> None:
+        require(self, "recover", "check or scratch", ("check", "scratch").__contains__, "source")
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """A net of C outputs that has learnt from no suspect, and where it comes from."""
+
+    model: Net
+    source: str  # check or scratch
+
+
+def recover(
+    corpus: Corpus,
+    suspect: Mask,
+    without: Callable[[Mask], Net | None],
+    untrained: Callable[[int], Net],
+    training: train.Settings,
+    settings: Settings,
+    backend: Backend,
+    *,
+    seed: int,
+    log: Log = quiet,
+) -> Recovered:
+    """A net that has learnt from no suspect; `without` may know one, else one is trained.
+
+    untrained makes a fresh net from a seed.
+    """
+    known = without(suspect) if settings.source == "check" else None
+    if known is not None:
+        return Recovered(known, "check")
+    model = untrained(seed + 2)
+    rows = np.flatnonzero(~suspect)
+    for at in train.train(model, corpus, training, backend, seed=seed + 2, rows=rows):
+        log("step", stage="recover", at=at)
+    return Recovered(model, "scratch")

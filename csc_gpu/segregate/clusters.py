@@ -1,0 +1,156 @@
+"""One snapshot seen at several scales: features scaled, projected, clustered, described.
+
+Rows are put into an order of their own before any arithmetic, so that the order in which they come
+changes nothing, not even a rounding.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csc_gpu.backend import Backend
+from csc_gpu.segregate.settings import BY_LABEL, Settings
+from csc_gpu.types import Array, Clusters, Sighting
+
+HASH_FACTOR = 6364136223846793005
+"""Knuth's multiplier for 64-bit linear congruential generators (MMIX)."""
+BLOCK = 65_536
+"""Rows embedded at a time, so that no second copy of all the features is ever held."""
+SMALLEST_EPS = 1e-6
+"""DBSCAN wants a radius above zero, also where most rows are equal."""
+
+
+def observe(
+    points: Array, labels: NDArray[np.int64], epoch: float, settings: Settings, backend: Backend
+) -> Sighting:
+    """Cluster one snapshot's features (N, D) at every scale, all rows or each label's alone."""
+    xp = backend.xp
+    labels = xp.asarray(labels)
+    order = own_order(points, labels, xp)
+    z, labels = embed(points, order, settings.pca, xp), labels[order]
+    if settings.rule in BY_LABEL:
+        rooms = [xp.flatnonzero(labels == label) for label in backend.to_numpy(xp.unique(labels))]
+    else:
+        rooms = [slice(None)]  # a view, no copy
+    asked, reach = zip(*(_reach(z, rows, settings, backend) for rows in rooms), strict=True)
+    n_classes, back = int(labels.max()) + 1, xp.argsort(order)
+    clusterings = []
+    for scale in sorted(settings.scales):
+        of_row, n_clusters = xp.full(len(z), -1, xp.int32), 0
+        for rows, near in zip(rooms, reach, strict=True):
+            eps = max(float(xp.quantile(near, scale)), SMALLEST_EPS)
+            room = z[rows]
+            least = least_neighbours(len(room), settings)
+            found = backend.dbscan(room, eps=eps, min_samples=least)
+            of_row[rows] = xp.where(found >= 0, found + n_clusters, -1)
+            n_clusters = int(of_row.max()) + 1
+        every, near = xp.concatenate(asked), xp.concatenate(reach)
+        size, held, density = describe(of_row, labels, n_classes, near, of_row[every], xp)
+        clusterings.append(Clusters(of_row[back], size, held, density, eps, scale))
+    return Sighting(epoch, tuple(clusterings), least_neighbours(len(z), settings))
+
+
+def _reach(z: Array, rows: Array, settings: Settings, backend: Backend) -> tuple[Array, Array]:
+    """Some of these rows, evenly, and how far each is from its k-th neighbour among them."""
+    xp, room = backend.xp, z[rows]
+    n = len(room)
+    asked = xp.linspace(0, n - 1, min(n, settings.k_rows)).astype(xp.int64)
+    reach = backend.neighbors(room, min(least_neighbours(n, settings), n), room[asked])
+    return xp.arange(len(z))[rows][asked], reach
+
+
+def least_neighbours(n: int, settings: Settings) -> int:
+    """DBSCAN's min_samples for n rows."""
+    return max(settings.min_rows, round(settings.min_share * n))
+
+
+def own_order(points: Array, labels: Array, xp: ModuleType) -> Array:
+    """An order of the rows that depends on what they hold, not on how they come. (N,)
+
+    Rows are sorted by a 64-bit hash of their bits and label, in whole numbers, which do not round.
+    """
+    bits = xp.ascontiguousarray(points, dtype=xp.float32).view(xp.uint32)
+    key = labels.astype(xp.uint64)
+    for column in bits.T:
+        key = key * xp.uint64(HASH_FACTOR) + column
+    return xp.argsort(key, kind="stable")
+
+
+def embed(points: Array, order: Array, dims: int, xp: ModuleType) -> Array:
+    """Rows in this order, scaled to length 1, centred, on `dims` principal components. (N, dims)
+
+    Block by block: beside the features no more is held than a block and the result.
+    """
+    n, n_features = points.shape
+    blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
+
+    def unit(block: slice) -> Array:
+        rows = points[order[block]]
+        length = xp.linalg.norm(rows, axis=1, keepdims=True)
+        return rows / xp.where(length > 0, length, 1)
+
+    total = sum(unit(block).sum(axis=0, dtype=xp.float64) for block in blocks)
+    mean = (total / n).astype(points.dtype)
+    projected = 0 < dims < n_features
+    if projected:
+        scatter = xp.zeros((n_features, n_features), xp.float64)
+        for block in blocks:
+            centred = unit(block) - mean
+            scatter += centred.T @ centred
+        axes = xp.linalg.eigh(scatter)[1][:, ::-1][:, :dims].astype(points.dtype)
+    z = xp.empty((n, dims if projected else n_features), points.dtype)
+    for block in blocks:
+        if projected:
+            xp.matmul(unit(block) - mean, axes, out=z[block])
+        else:
+            xp.subtract(unit(block), mean, out=z[block])
+    return z
+
+
+def describe(
+    of_row: Array, labels: Array, n_classes: int, reach: Array, of_asked: Array, xp: ModuleType
+) -> tuple[Array, Array, Array]:
+    """Of each cluster: its rows (K,), its rows of each label (K, C), its density (K,).
+
+    Density is the number of asked rows over the sum of their k-distances: rows reach their k-th
+    neighbour sooner where it is dense.
+    """
+    n_clusters = int(of_row.max()) + 1
+    inside = of_row >= 0
+    cell = of_row[inside].astype(xp.int64) * n_classes + labels[inside]
+    held = xp.bincount(cell, minlength=n_clusters * n_classes).reshape(n_clusters, n_classes)
+    asked = of_asked >= 0
+    count = xp.bincount(of_asked[asked], minlength=n_clusters)
+    total = xp.bincount(of_asked[asked], weights=reach[asked], minlength=n_clusters)
+    return held.sum(axis=1), held, count / xp.where(total > 0, total, 1)
+
+
+def diversity(clusters: Clusters, xp: ModuleType) -> Array:
+    """Entropy of the labels in each cluster, in bits: 0 when all rows agree. (K,)"""
+    share = clusters.labels / clusters.size[:, None]
+    return -(share * xp.log2(xp.where(share > 0, share, 1.0))).sum(axis=1)
+
+
+def purity(clusters: Clusters) -> Array:
+    """Share of each cluster's commonest label. (K,)"""
+    return clusters.labels.max(axis=1) / clusters.size
+
+
+def home_of(clusters: Clusters, xp: ModuleType) -> Array:
+    """The cluster that holds most rows of each label; -1 where all of them are noise. (C,)"""
+    if not len(clusters.size):
+        return xp.full(clusters.labels.shape[1], -1)
+    return xp.where(clusters.labels.max(axis=0) > 0, clusters.labels.argmax(axis=0), -1)
+
+
+def mixed_homes(clusters: Clusters, settings: Settings, xp: ModuleType) -> bool:
+    """Whether few labels have a home of their own."""
+    home = home_of(clusters, xp)
+    if not len(clusters.size):
+        return True
+    own = clusters.labels.argmax(axis=1)[home] == xp.arange(len(home))
+    pure = (home >= 0) & own & (purity(clusters)[home] >= settings.purity)
+    return bool(pure.mean() < settings.pure_homes)

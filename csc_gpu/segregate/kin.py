@@ -1,0 +1,134 @@
+"""From some rows of poison to their kin: a linear probe that is asked about rows it did not see.
+
+A label's core is some of its poison, the rest of the label is unlabelled: learning from positive
+and unlabelled rows (Elkan and Noto, KDD 2008). A logistic probe parts the core from all else; a row
+counts as poison if its probability, divided by the mean one of the core, is above a half. Every
+probability comes from a probe that was fitted without that row, so that a wrong row in the core
+does not vouch for itself. Repeated until nothing changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from csc_gpu.backend import Backend
+from csc_gpu.segregate.clusters import own_order
+from csc_gpu.types import Array, Mask
+
+FOLDS = 5
+OTHERS = 2000
+"""Rows of other labels that the probe sees, at most."""
+ROUNDS = 30
+"""In each the core may grow by the rows that the last one has made likely."""
+COST = 1.0
+"""Weight of the loss against half the squared weights (C of scikit-learn's LogisticRegression)."""
+NEWTON_STEPS = 25
+HALVINGS = 12
+SMALL = 1e-6
+"""A Newton step that moves no weight further than this is the last."""
+
+
+@dataclass(frozen=True)
+class Kin:
+    """The rows that the probe calls poison, and how sure it is."""
+
+    rows: Mask  # (N,)
+    belief: NDArray[np.float32]  # (N,) 0..1; 0 for rows that were not asked about
+
+
+def kin(
+    points: Array,
+    labels: NDArray[np.int64],
+    label: int,
+    core: Mask,
+    backend: Backend,
+    firm: Mask,
+) -> Kin:
+    """The rows of a label that belong to its core (N,), by their features (N, D).
+
+    Rows that are firm (N,) stay in whatever the probe says; others of the core it may drop.
+    """
+    ours = labels == label
+    asked = _asked(points, labels, ours, backend)  # rows of the corpus, in an order of their own
+    z = backend.tensor(points[backend.xp.asarray(asked)]).double()
+    z = z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+    mine, found, stay = ours[asked], core[asked], firm[asked]
+    chance = np.zeros(len(asked))
+    for _ in range(ROUNDS):
+        if found.sum() < FOLDS:
+            break
+        chance = unseen(z, found)
+        named = stay | (mine & (chance > 0.5 * chance[found].mean()))
+        if (named == found).all():
+            break
+        found = named
+    rows, belief = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32)
+    rows[asked[found]] = True
+    top = chance[found].mean() if found.any() else 1.0
+    belief[asked[mine]] = np.minimum(1.0, chance[mine] / max(top, 1e-12))
+    return Kin(rows, belief)
+
+
+def _asked(
+    points: Array, labels: NDArray[np.int64], ours: Mask, backend: Backend
+) -> NDArray[np.int64]:
+    """All rows of the label and an even share of the others; the order is the rows' own."""
+    xp = backend.xp
+    order = backend.to_numpy(own_order(points, xp.asarray(labels), xp)).astype(np.int64)
+    others = order[~ours[order]]
+    kept = np.zeros(len(ours), bool)
+    kept[others[np.linspace(0, len(others) - 1, min(len(others), OTHERS)).astype(int)]] = True
+    return order[ours[order] | kept[order]]
+
+
+def unseen(z: torch.Tensor, positive: Mask) -> NDArray[np.float64]:
+    """For each row of z (N, D) the chance that it is positive, by a probe fitted without it. (N,)
+
+    The rows of each kind are dealt out in turn, so that every fold has its share of both.
+    """
+    fold = np.empty(len(positive), np.int64)
+    for kind in (positive, ~positive):
+        fold[kind] = np.arange(kind.sum()) % FOLDS
+    wanted = torch.from_numpy(positive).to(z)
+    chance = torch.zeros_like(wanted)
+    for number in range(FOLDS):
+        out = torch.from_numpy(fold == number).to(z.device)
+        chance[out] = torch.sigmoid(z[out] @ logistic(z[~out], wanted[~out]))
+    result: NDArray[np.float64] = chance.cpu().numpy()
+    return result
+
+
+def logistic(z: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Weights (D,) of a logistic regression of `wanted` (N,) 0 or 1 on z (N, D), by Newton.
+
+    The last column is the constant; it is not held small. A step that does not help is halved.
+    """
+    held = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
+    held[-1] = SMALL
+
+    def loss(weights: torch.Tensor) -> torch.Tensor:
+        score = z @ weights
+        fit = torch.nn.functional.binary_cross_entropy_with_logits(score, wanted, reduction="sum")
+        return COST * fit + 0.5 * (held * weights**2).sum()
+
+    weights = torch.zeros(z.shape[1], dtype=z.dtype, device=z.device)
+    best = loss(weights)
+    for _ in range(NEWTON_STEPS):
+        chance = torch.sigmoid(z @ weights)
+        slope = COST * (z.T @ (chance - wanted)) + held * weights
+        bend = COST * (z.T @ (z * (chance * (1 - chance))[:, None])) + torch.diag(held)
+        step = torch.linalg.solve(bend, slope)
+        for _ in range(HALVINGS):
+            now = loss(weights - step)
+            if now <= best:
+                break
+            step = step / 2
+        weights, best = weights - step, now
+        if step.abs().max() < SMALL:
+            break
+    return weights

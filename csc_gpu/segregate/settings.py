@@ -1,0 +1,72 @@
+"""How suspects are found: every setting of segregation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from csc_gpu.config import require
+
+RULES = ("two-stage", "persistence", "text", "algorithm1", "per_label")
+BY_LABEL = ("per_label",)
+"""Rules whose clusters are sought among the rows of each label by themselves."""
+MOST_SCALES = 64
+"""One bit each says at which scales a row was hit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How suspects are found."""
+
+    rule: str = "two-stage"
+    """two-stage, persistence, text, algorithm1 or per_label."""
+    pca: int = 16
+    """Principal components to cluster in; 0: all feature dimensions."""
+    scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    """Quantiles of the k-distance from which DBSCAN's radii are taken."""
+    coarsest: float = 0.6
+    """The coarsest scale that gives evidence; coarser ones only part rows from their home."""
+    min_share: float = 0.002
+    """DBSCAN's min_samples as a share of all rows."""
+    min_rows: int = 8
+    """DBSCAN's least min_samples, in rows."""
+    purity: float = 0.95
+    """Share of a cluster's commonest label from which it counts as pure."""
+    latest: int = 5
+    """Snapshots that count, the last of those watched: while classes still part, benign ones make
+    islands that pass for poison (persistence, two-stage; the other rules take all)."""
+    persistence: int = 3
+    """Scales at which a row must be hit for a vote of one snapshot (persistence, two-stage)."""
+    votes: int = 1
+    """Snapshots that must vote for a row."""
+    pure_homes: float = 0.3
+    """Below this share of labels whose home is pure, a pure home is itself a hit."""
+    max_share: float = 0.2
+    """No more than this share of all rows is flagged: the highest scores."""
+    max_label_share: float = 0.75
+    """No more than this share of a label's rows is flagged, nor taken for its core."""
+    k_rows: int = 20_000
+    """Rows asked for their k-distance, at most."""
+    label_share: float = 0.1
+    """Share of the core a label must hold to be suspected (two-stage)."""
+    check_epochs: int = 10
+    """Epochs of the model trained without the candidates, if training has not fewer (two-stage);
+    train.min_steps holds for it too."""
+    controls: float = 0.05
+    """Share of unsuspected rows left out with the candidates, to learn how far to trust a check."""
+
+    def __post_init__(self) -> None:
+        caps = ("max_share", "max_label_share", "label_share", "controls")
+        shares = ("min_share", "purity", "pure_homes", "coarsest", *caps)
+        counts = ("min_rows", "persistence", "votes", "k_rows", "latest", "check_epochs")
+        require(self, "segregate", f"one of {', '.join(RULES)}", RULES.__contains__, "rule")
+        require(self, "segregate", "in (0, 1]", lambda share: 0 < share <= 1, *shares)
+        require(self, "segregate", "1 or more", lambda count: count >= 1, *counts)
+        require(self, "segregate", "0 or more", lambda dims: dims >= 0, "pca")
+        most = f"at most {MOST_SCALES} quantiles in (0, 1)"
+        require(self, "segregate", most, _are_quantiles, "scales")
+        finest = f"{min(self.scales)} or more, the finest of segregate.scales"
+        require(self, "segregate", finest, lambda scale: scale >= min(self.scales), "coarsest")
+
+
+def _are_quantiles(scales: tuple[float, ...]) -> bool:
+    return 0 < len(scales) <= MOST_SCALES and all(0 < scale < 1 for scale in scales)

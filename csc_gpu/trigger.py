@@ -1,0 +1,63 @@
+"""A trigger guessed from two groups of rows, and what it does to other images.
+
+The mean image of a group less the mean image of another is the pattern that one has and the other
+has not. Added to images of other labels, a trigger that lies at one place (a patch, a blend, a
+wave) sends them to its target; what makes benign groups of a class differ does so seldom. After the
+the trigger reconstruction of Neural Cleanse (Wang et al., S&P 2019), but without optimisation: the
+suspects themselves say what the trigger looks like. It is ours, not CSC's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from csc_gpu.backend import Backend
+from csc_gpu.features import BATCH
+from csc_gpu.models import Net
+from csc_gpu.types import Corpus, Mask
+
+TRIED = 256
+"""Images of other labels that the pattern is added to, at most."""
+AVERAGED = 2048
+"""Rows of a group whose mean is taken, at most."""
+RANGE = 2.0
+"""Images as the net sees them lie within -RANGE and RANGE."""
+
+
+def evenly(rows: Mask, most: int) -> NDArray[np.int64]:
+    """At most so many of these rows, spread evenly over the corpus."""
+    found = np.flatnonzero(rows)
+    places = np.linspace(0, len(found) - 1, min(len(found), most)).astype(np.int64)
+    chosen: NDArray[np.int64] = found[places]
+    return chosen
+
+
+def mean_image(corpus: Corpus, rows: Mask, backend: Backend) -> torch.Tensor:
+    """The mean of these rows as the net sees them. (3, H, W) float64 on the device"""
+    chosen = evenly(rows, AVERAGED)
+    parts = backend.batches(corpus, BATCH, order=chosen)
+    total = sum(batch.images.double().sum(dim=0) for batch in parts)
+    return torch.as_tensor(total) / len(chosen)
+
+
+@torch.inference_mode()
+def transfers(
+    model: Net, corpus: Corpus, group: Mask, rest: Mask, label: int, backend: Backend
+) -> float:
+    """Share of other labels' images that get `label` once the pattern of a group is added. 0..1
+
+    The pattern is the mean of `group` (N,) less that of `rest` (N,).
+    """
+    model.eval()
+    pattern = mean_image(corpus, group, backend) - mean_image(corpus, rest, backend)
+    tried = evenly((corpus.labels != label) & ~group & ~rest, TRIED)
+    if not len(tried):
+        tried = evenly(corpus.labels != label, TRIED)
+    hits = 0
+    for batch in backend.batches(corpus, BATCH, order=tried):
+        stamped = (batch.images + pattern.to(batch.images)).clamp(-RANGE, RANGE)
+        stamped = stamped.contiguous(memory_format=torch.channels_last)
+        hits += int((model(stamped).argmax(dim=1) == label).sum())
+    return hits / len(tried)

@@ -1,0 +1,79 @@
+"""What a finished training can be asked about a suspicion: model, features, images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import numpy as np
+
+from csc_gpu import segregate, train, trigger
+from csc_gpu.backend import Backend
+from csc_gpu.features import features, predict
+from csc_gpu.models import Net
+from csc_gpu.types import Array, Corpus, Log, Mask, Reclassified, quiet
+
+Clock = Callable[[str], AbstractContextManager[None]]
+
+
+class Trained:
+    """The witness of a run (types.Witness); features are computed once, when first asked for."""
+
+    def __init__(
+        self,
+        model: Net,
+        corpus: Corpus,
+        new_model: Callable[[int], Net],
+        training: train.Settings,
+        segregation: segregate.Settings,
+        backend: Backend,
+        clock: Clock,
+        *,
+        seed: int,
+        log: Log = quiet,
+    ) -> None:
+        self._fresh: Net | None = None
+        self._unseen: Mask = np.zeros(len(corpus), bool)
+        self._model, self._corpus, self._new_model = model, corpus, new_model
+        self._training, self._segregation = training, segregation
+        self._backend, self._clock, self._seed, self._log = backend, clock, seed, log
+        self._points: Array | None = None
+
+    def points(self) -> Array:
+        """Features of all rows under the trained model. (N, D) on the device"""
+        if self._points is None:
+            with self._clock("features"):
+                self._points = features(self._model, self._corpus, self._backend)
+        return self._points
+
+    def transfers(self, group: Mask, rest: Mask, label: int) -> float:
+        """Share of other labels' images that get `label` once group's pattern is added. 0..1"""
+        with self._clock("verify"):
+            return trigger.transfers(self._model, self._corpus, group, rest, label, self._backend)
+
+    def without(self, rows: Mask) -> Net | None:
+        """The net of the last check, if it has learnt from none of these rows (N,)."""
+        return None if (rows & ~self._unseen).any() else self._fresh
+
+    def reclassify(self, candidates: Mask) -> Reclassified:
+        """Train a fresh model without candidates and controls, and predict all rows.
+
+        As long as the first, or segregate.check_epochs if that is shorter, and train.min_steps.
+        """
+        corpus, backend, seed = self._corpus, self._backend, self._seed
+        epochs = train.budget(len(corpus), self._training).epochs
+        short = replace(self._training, epochs=min(epochs, self._segregation.check_epochs))
+        rng = np.random.default_rng(seed)
+        controls = ~candidates & (rng.random(len(corpus)) < self._segregation.controls)
+        self._unseen = candidates | controls
+        rows = np.flatnonzero(~self._unseen)
+        with self._clock("verify"):
+            model = self._new_model(seed + 1)
+            for at in train.train(model, corpus, short, backend, seed=seed + 1, rows=rows):
+                self._log("step", stage="verify", at=at)
+            few = corpus.n_classes < 2**15
+            outputs = predict(model, corpus, backend).astype(np.int16 if few else np.int32)
+            predicted = backend.to_numpy(outputs)
+        self._fresh = model
+        return Reclassified(candidates, controls, predicted.astype(np.int64))
