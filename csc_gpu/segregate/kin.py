@@ -45,8 +45,8 @@ def kin(
     labels: NDArray[np.int64],
     label: int,
     core: Mask,
-    backend: Backend,
     firm: Mask,
+    backend: Backend,
 ) -> Kin:
     """The rows of a label that belong to its core (N,), by their features (N, D).
 
