@@ -183,7 +183,8 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
 
     cell = json.loads((place / "cell.json").read_text())
     summary = json.loads((place / "run" / "summary.json").read_text())
-    changes = read_toml(place / "run" / "settings.toml")
+    of_run = read_toml(place / "run" / "settings.toml")
+    changes = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
     changes |= {"segregate.rule": rule, "recover.on": rule == DEFAULT}
     settings, cpu = override(csc.Settings(), changes), open_backend("cpu", 1)
     corpus = sources.load(str(place / "poisoned"), settings.data, backend=cpu).train
@@ -194,9 +195,10 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
 
     start, clock = used(), csc.Stopwatch(cpu)
     with clock("cluster"):
+        taken = list(zip(snapshots.features, snapshots.epoch, strict=True))
         sightings = tuple(
             segregate.observe(points, corpus.labels, float(epoch), settings.segregate, cpu)
-            for points, epoch in zip(snapshots.features, snapshots.epoch, strict=True)
+            for points, epoch in segregate.counted(taken, settings.segregate)
         )
     model = run.load_model(place / "run" / "undefended.safetensors", summary, corpus.n_classes)
     learnt = csc.Learnt(model, sightings)
@@ -206,6 +208,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     at = {path: row for row, path in enumerate(key.paths)}
     rows = [at[path] for path in corpus.paths]
     found = outcome.segregation
+    run.save_suspects(place / f"{rule}.csv", snapshots.names, found)
     suspect, score = found.suspect.copy(), found.score.copy()
     suspect[rows], score[rows] = found.suspect, found.score
     scored = lambda net: evaluate.accuracy_and_attack(net, key, corpus.n_classes, cpu)  # noqa: E731
@@ -386,6 +389,36 @@ def plot(lines: Path, out: Path) -> None:
         ]
         dots(groups, [title for title, _ in panels], out / name)
         click.echo(str(out / name))
+
+
+@cli.command()
+@click.argument("place", type=click.Path(path_type=Path))
+@click.option("--verdict", type=click.Path(path_type=Path), help="suspects.csv; default: the run's")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The picture.")
+def picture(place: Path, verdict: Path | None, out: Path) -> None:
+    """The last snapshot of the cell in PLACE: who is poison, and who was found."""
+    import numpy as np
+
+    from benchmarks.pictures import scatter
+    from csc_gpu import answers, run
+
+    key = answers.load_key(place / "poisoned" / "key.npz")
+    snapshots = run.load_snapshots(place / "run" / "features.npz")
+    found = run.load_suspects(verdict or place / "run" / "suspects.csv")
+    row = {path: number for number, path in enumerate(key.paths)}
+    poison = key.is_poison[[row[path] for path in found.paths]]
+    z = snapshots.features[-1]
+    z = z / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
+    attacked = np.isin(snapshots.labels, np.unique(snapshots.labels[poison | found.suspect]))
+    centre = z[attacked].mean(axis=0)
+    axes = np.linalg.eigh(np.cov((z[attacked] - centre).T))[1][:, ::-1][:, :2]
+    kinds = np.where(attacked, "benign, of the label", "benign, other labels")
+    kinds[found.suspect & ~poison] = "benign, flagged"
+    kinds[poison & found.suspect] = "poison, found"
+    kinds[poison & ~found.suspect] = "poison, missed"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scatter((z - centre) @ axes, kinds, place.name, out)
+    click.echo(str(out))
 
 
 if __name__ == "__main__":

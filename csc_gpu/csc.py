@@ -87,7 +87,7 @@ class Learnt:
 
     model: Net
     sightings: tuple[Sighting, ...]
-    kept: tuple[NDArray[Any], ...] = ()  # features (N, D) at each sighting, if they were to be kept
+    kept: tuple[tuple[float, NDArray[Any]], ...] = ()  # epoch and features (N, D), if to be kept
 
 
 def learn(
@@ -99,7 +99,7 @@ def learn(
     seed: int,
     log: Log = quiet,
 ) -> Learnt:
-    """Stage 1, training: look at the features after each watched epoch, and cluster them."""
+    """Stage 1, training: cluster the features of the watched snapshots that the rule counts."""
     model = fresh_model(corpus, settings, backend, seed=seed)
     plan = train.budget(len(corpus), settings.train)
     watched = settings.watch.steps(plan)
@@ -108,24 +108,27 @@ def learn(
             f"no snapshot falls into the first {settings.watch.epochs} epochs at one every "
             f"{settings.watch.every}; lower watch.every or raise watch.epochs"
         )
+    counted = segregate.counted(sorted(watched), settings.segregate)
+    looked_at = watched if settings.watch.keep else counted
     sightings: list[Sighting] = []
-    kept: list[NDArray[Any]] = []  # on the host: nobody needs them on the device again
+    kept: list[tuple[float, NDArray[Any]]] = []  # on the host: not needed on the device again
     with clock("train"):
         for at in train.train(model, corpus, settings.train, backend, seed=seed):
             log("step", stage="train", at=at)
-            if at.step in watched:
-                with clock("features"):
-                    points = features(model, corpus, backend)  # (N, D)
-                    check_finite(points, at, settings, backend)
+            if at.step not in looked_at:
+                continue
+            with clock("features"):
+                points = features(model, corpus, backend)  # (N, D)
+                check_finite(points, at, settings, backend)
+            if at.step in counted:
                 with clock("cluster"):
-                    sightings.append(
-                        segregate.observe(
-                            points, corpus.labels, at.epoch, settings.segregate, backend
-                        )
+                    seen = segregate.observe(
+                        points, corpus.labels, at.epoch, settings.segregate, backend
                     )
-                log("snapshot", sighting=sightings[-1])
-                kept += [backend.to_numpy(points)] if settings.watch.keep else []
-                del points  # or it would live beside the next
+                sightings.append(seen)
+                log("snapshot", sighting=seen)
+            kept += [(at.epoch, backend.to_numpy(points))] if settings.watch.keep else []
+            del points  # or it would live beside the next
     return Learnt(model, tuple(sightings), tuple(kept))
 
 
@@ -195,10 +198,8 @@ def snapshots(
     """features (S, N, D) and epoch (S,), if they were kept; final (N, D) if a witness was heard."""
     if not learnt.kept:
         return {}
-    found = {
-        "features": np.stack(learnt.kept),
-        "epoch": np.array([sighting.epoch for sighting in learnt.sightings]),
-    }
+    epoch, points = zip(*learnt.kept, strict=True)
+    found = {"features": np.stack(points), "epoch": np.array(epoch)}
     if verdict.checks:
         found["final"] = backend.to_numpy(witness.points())
     return found

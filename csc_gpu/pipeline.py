@@ -401,7 +401,8 @@ def watch(
 ) -> Segregation:
     """The verdict on saved snapshots, with what verification returned at the time."""
     sightings = []
-    for points, epoch in zip(found.features, found.epoch, strict=True):
+    taken = list(zip(found.features, found.epoch, strict=True))
+    for points, epoch in segregation.counted(taken, settings):
         placed = backend.xp.asarray(points)
         sightings.append(segregation.observe(placed, found.labels, float(epoch), settings, backend))
         log("snapshot", sighting=sightings[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from csc_gpu.segregate.clusters import diversity, home_of, mixed_homes, purity
 from csc_gpu.segregate.settings import MOST_SCALES, Settings
 from csc_gpu.types import Array, Clusters, Sighting
 
+T = TypeVar("T")
 LARGEST_INT16 = 2**15 - 1
 
 
@@ -63,6 +64,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+def counted(snapshots: Sequence[T], settings: Settings) -> Sequence[T]:
+    """Those of the watched snapshots, in order, that the rule counts."""
+    return snapshots[-settings.latest :] if RULES[settings.rule].persistent else snapshots
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What a rule saw of each row, all (N,), on the host."""
@@ -87,7 +93,7 @@ def gather(
     first, low, high = (np.full(n, np.nan, np.float32) for _ in range(3))
     asked: list[Clusters] = [middle]
     last, cluster = np.zeros(n, np.intp), middle.of_row  # last: a place in `asked`
-    for sighting in sightings[-settings.latest :] if rule.persistent else sightings:
+    for sighting in counted(sightings, settings):
         clusterings = [c for c in sighting.clusterings if c.scale <= settings.coarsest]
         bits, cluster = _hits(clusterings, rule, cluster, settings, backend)
         for bit, clusters in enumerate(clusterings):
