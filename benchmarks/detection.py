@@ -195,10 +195,17 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
 
     start, clock = used(), csc.Stopwatch(cpu)
     with clock("cluster"):
-        taken = list(zip(snapshots.features, snapshots.epoch, strict=True))
+        counted = segregate.counted(range(len(snapshots.epoch)), settings.segregate)
         sightings = tuple(
-            segregate.observe(points, corpus.labels, float(epoch), settings.segregate, cpu)
-            for points, epoch in segregate.counted(taken, settings.segregate)
+            segregate.observe(
+                snapshots.features[number],
+                corpus.labels,
+                float(epoch),
+                settings.segregate,
+                cpu,
+                clustered=number in counted,
+            )
+            for number, epoch in enumerate(snapshots.epoch)
         )
     model = run.load_model(place / "run" / "undefended.safetensors", summary, corpus.n_classes)
     learnt = csc.Learnt(model, sightings)

@@ -99,7 +99,7 @@ def learn(
     seed: int,
     log: Log = quiet,
 ) -> Learnt:
-    """Stage 1, training: cluster the features of the watched snapshots that the rule counts."""
+    """Stage 1, training: look at the features after each watched epoch, and cluster them."""
     model = fresh_model(corpus, settings, backend, seed=seed)
     plan = train.budget(len(corpus), settings.train)
     watched = settings.watch.steps(plan)
@@ -109,24 +109,28 @@ def learn(
             f"{settings.watch.every}; lower watch.every or raise watch.epochs"
         )
     counted = segregate.counted(sorted(watched), settings.segregate)
-    looked_at = watched if settings.watch.keep else counted
     sightings: list[Sighting] = []
     kept: list[tuple[float, NDArray[Any]]] = []  # on the host: not needed on the device again
     with clock("train"):
         for at in train.train(model, corpus, settings.train, backend, seed=seed):
             log("step", stage="train", at=at)
-            if at.step not in looked_at:
+            if at.step not in watched:
                 continue
             with clock("features"):
                 points = features(model, corpus, backend)  # (N, D)
                 check_finite(points, at, settings, backend)
-            if at.step in counted:
-                with clock("cluster"):
-                    seen = segregate.observe(
-                        points, corpus.labels, at.epoch, settings.segregate, backend
+            with clock("cluster"):
+                sightings.append(
+                    segregate.observe(
+                        points,
+                        corpus.labels,
+                        at.epoch,
+                        settings.segregate,
+                        backend,
+                        clustered=at.step in counted,
                     )
-                sightings.append(seen)
-                log("snapshot", sighting=seen)
+                )
+            log("snapshot", sighting=sightings[-1])
             kept += [(at.epoch, backend.to_numpy(points))] if settings.watch.keep else []
             del points  # or it would live beside the next
     return Learnt(model, tuple(sightings), tuple(kept))

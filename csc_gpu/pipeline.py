@@ -401,10 +401,14 @@ def watch(
 ) -> Segregation:
     """The verdict on saved snapshots, with what verification returned at the time."""
     sightings = []
-    taken = list(zip(found.features, found.epoch, strict=True))
-    for points, epoch in segregation.counted(taken, settings):
-        placed = backend.xp.asarray(points)
-        sightings.append(segregation.observe(placed, found.labels, float(epoch), settings, backend))
+    counted = segregation.counted(range(len(found.features)), settings)
+    for number, (points, epoch) in enumerate(zip(found.features, found.epoch, strict=True)):
+        placed, clustered = backend.xp.asarray(points), number in counted
+        sightings.append(
+            segregation.observe(
+                placed, found.labels, float(epoch), settings, backend, clustered=clustered
+            )
+        )
         log("snapshot", sighting=sightings[-1])
     witness = run.replay(found, backend)
     return segregation.segregate(sightings, found.labels, settings, backend, witness)

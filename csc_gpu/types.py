@@ -125,8 +125,9 @@ class Sighting:
     """One snapshot seen at every scale, finest first."""
 
     epoch: float
-    clusterings: tuple[Clusters, ...]  # Q
+    clusterings: tuple[Clusters, ...]  # Q, or none if the rule does not count this snapshot
     min_samples: int
+    stray: Array  # (N,) bool, on the device: nearer to another label's mean than to its own
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def segregate(
     }
     found = Verdict(core, evidence.share, {})
     if rule.verified:
-        found = verify(core, evidence.share, sightings[-1], labels, settings, backend, witness)
+        found = verify(core, evidence.share, sightings, labels, settings, backend, witness)
     suspect, capped_ = capped(found.suspect, found.belief, labels, settings)
     score = np.where(suspect, 0.5 + 0.5 * found.belief, 0.49 * found.belief).astype(np.float32)
     return Segregation(

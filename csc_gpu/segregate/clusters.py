@@ -24,11 +24,23 @@ SMALLEST_EPS = 1e-6
 
 
 def observe(
-    points: Array, labels: NDArray[np.int64], epoch: float, settings: Settings, backend: Backend
+    points: Array,
+    labels: NDArray[np.int64],
+    epoch: float,
+    settings: Settings,
+    backend: Backend,
+    *,
+    clustered: bool = True,
 ) -> Sighting:
-    """Cluster one snapshot's features (N, D) at every scale, all rows or each label's alone."""
+    """One snapshot's features (N, D): strays and, if asked for, clusters at every scale.
+
+    All rows are clustered together, or each label's alone, as the rule wants it.
+    """
     xp = backend.xp
     labels = xp.asarray(labels)
+    stray = strays(points, labels, xp)
+    if not clustered:
+        return Sighting(epoch, (), least_neighbours(len(points), settings), stray)
     order = own_order(points, labels, xp)
     z, labels = embed(points, order, settings.pca, xp), labels[order]
     if settings.rule in BY_LABEL:
@@ -50,7 +62,24 @@ def observe(
         every, near = xp.concatenate(asked), xp.concatenate(reach)
         size, held, density = describe(of_row, labels, n_classes, near, of_row[every], xp)
         clusterings.append(Clusters(of_row[back], size, held, density, eps, scale))
-    return Sighting(epoch, tuple(clusterings), least_neighbours(len(z), settings))
+    return Sighting(epoch, tuple(clusterings), least_neighbours(len(z), settings), stray)
+
+
+def strays(points: Array, labels: Array, xp: ModuleType) -> Array:
+    """Rows (N, D) nearer, by angle, to another label's mean than to that of their own. (N,) bool"""
+    own = xp.arange(int(labels.max()) + 1)
+    means = xp.stack([_unit(points[labels == label], xp).mean(axis=0) for label in own])
+    means = _unit(xp.where(xp.isfinite(means), means, 0), xp)  # a label without rows has no mean
+    stray = xp.empty(len(points), bool)
+    for start in range(0, len(points), BLOCK):
+        block = slice(start, start + BLOCK)
+        stray[block] = (points[block] @ means.T).argmax(axis=1) != labels[block]
+    return stray
+
+
+def _unit(rows: Array, xp: ModuleType) -> Array:
+    length = xp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / xp.where(length > 0, length, 1)
 
 
 def _reach(z: Array, rows: Array, settings: Settings, backend: Backend) -> tuple[Array, Array]:
@@ -88,9 +117,7 @@ def embed(points: Array, order: Array, dims: int, xp: ModuleType) -> Array:
     blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
 
     def unit(block: slice) -> Array:
-        rows = points[order[block]]
-        length = xp.linalg.norm(rows, axis=1, keepdims=True)
-        return rows / xp.where(length > 0, length, 1)
+        return _unit(points[order[block]], xp)
 
     total = sum(unit(block).sum(axis=0, dtype=xp.float64) for block in blocks)
     mean = (total / n).astype(points.dtype)

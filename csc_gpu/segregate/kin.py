@@ -28,6 +28,8 @@ COST = 1.0
 """Weight of the loss against half the squared weights (C of scikit-learn's LogisticRegression)."""
 NEWTON_STEPS = 25
 HALVINGS = 12
+REACHED = 0.9
+"""Quantile of the chances of uncertain rows that speaks for the poison among them."""
 SMALL = 1e-6
 """A Newton step that moves no weight further than this is the last."""
 
@@ -63,15 +65,48 @@ def kin(
         if found.sum() < FOLDS:
             break
         chance = unseen(z, found)
-        named = stay | (mine & (chance > 0.5 * chance[found].mean()))
+        named = stay | (mine & (chance > 0.5 * _labelled(chance, found, stay)))
         if (named == found).all():
             break
         found = named
     rows, belief = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32)
     rows[asked[found]] = True
-    top = chance[found].mean() if found.any() else 1.0
+    top = _labelled(chance, found, stay) if found.any() else 1.0
     belief[asked[mine]] = np.minimum(1.0, chance[mine] / max(top, 1e-12))
     return Kin(rows, belief)
+
+
+def _labelled(chance: NDArray[np.float64], found: Mask, stay: Mask) -> float:
+    """What the probe gives to poison: the mean over rows that are certain.
+
+    Where none are, a good part of the rows found may be benign: what the best of them reach.
+    """
+    if stay.any():
+        return float(chance[stay].mean())
+    return float(np.quantile(chance[found], REACHED))
+
+
+def halves(points: Array, ours: Mask, backend: Backend) -> tuple[Mask, Mask]:
+    """A label's rows parted in two by their features: the smaller part and the larger, (N,) each.
+
+    2-means, begun with the two sides of the first principal axis, so that no chance is in it.
+    """
+    z = backend.tensor(points[backend.xp.asarray(np.flatnonzero(ours))]).double()
+    z = z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    z = z - z.mean(dim=0)
+    axis = torch.linalg.eigh(z.T @ z)[1][:, -1]
+    side = z @ axis > 0
+    for _ in range(ROUNDS):
+        if not 0 < int(side.sum()) < len(side):
+            break
+        one, other = z[side].mean(dim=0), z[~side].mean(dim=0)
+        now = ((z - one) ** 2).sum(dim=1) < ((z - other) ** 2).sum(dim=1)
+        if bool((now == side).all()):
+            break
+        side = now
+    part = np.zeros(len(ours), bool)
+    part[ours] = side.cpu().numpy()
+    return (part, ours & ~part) if 2 * part.sum() <= ours.sum() else (ours & ~part, part)
 
 
 def _asked(

@@ -93,7 +93,7 @@ def gather(
     first, low, high = (np.full(n, np.nan, np.float32) for _ in range(3))
     asked: list[Clusters] = [middle]
     last, cluster = np.zeros(n, np.intp), middle.of_row  # last: a place in `asked`
-    for sighting in counted(sightings, settings):
+    for sighting in (seen for seen in sightings if seen.clusterings):
         clusterings = [c for c in sighting.clusterings if c.scale <= settings.coarsest]
         bits, cluster = _hits(clusterings, rule, cluster, settings, backend)
         for bit, clusters in enumerate(clusterings):

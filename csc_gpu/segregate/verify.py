@@ -15,6 +15,7 @@ Three witnesses are heard, each for what it can tell:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
 from csc_gpu.segregate.clusters import home_of
-from csc_gpu.segregate.kin import Kin, kin
+from csc_gpu.segregate.kin import Kin, halves, kin
 from csc_gpu.segregate.settings import Settings
 from csc_gpu.types import Array, Mask, Reclassified, Sighting, Transfer, Witness
 
@@ -31,12 +32,21 @@ OUTSIDE = 0.8
 """Share of a core that must lie outside its label's home at a scale for the home to be believed."""
 MOST_LEFT_OUT = 0.5
 """Candidates beyond the core are left out only if this share of all rows stays to train on."""
+MOST_OF_LABEL = 0.5
+"""A label that no pattern commands is not left out beyond this share: a net that never saw a label
+says nothing about it."""
 TRUSTED = 0.9
 """Share of poison among rows from which they are kept."""
 UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
-COMMANDS = 0.8
-"""A pattern that sends this share of other labels' images to a label is a trigger."""
+USUAL = 0.75
+"""Share of labels that are taken to be free of poison: what they reach is usual."""
+MARGIN = 0.3
+"""A pattern that commands so much more than is usual is a trigger,"""
+AT_LEAST = 0.5
+"""but none that commands less than this share of other labels' images,"""
+SURELY = 0.8
+"""and every one that commands this share of them."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +61,24 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Some rows of a label that may be its poison, and what their pattern does."""
+
+    kind: str  # core, strays or halves
+    rows: Mask  # (N,)
+    rest: Mask  # (N,) rows of the label to compare them with
+    commands: float  # share of other labels' images that the pattern of rows - rest sends to it
+
+
+@dataclass(frozen=True)
 class Case:
     """A suspected label, before the check."""
 
     label: int
     poison: Mask  # (N,) rows held to be its poison
     candidates: Mask  # (N,) rows that the check should not learn from; the poison among them
-    commanded: float  # largest share of other labels' images that a pattern of its groups commands
+    is_commanded: bool  # whether a trigger was found
     told: dict[str, Any]
-
-    @property
-    def is_commanded(self) -> bool:
-        """Whether a trigger was found."""
-        return self.commanded >= COMMANDS
 
     @property
     def firm(self) -> Mask:
@@ -74,7 +89,7 @@ class Case:
 def verify(
     core: Mask,
     share: NDArray[np.float32],
-    last: Sighting,
+    sightings: Sequence[Sighting],
     labels: NDArray[np.int64],
     settings: Settings,
     backend: Backend,
@@ -82,15 +97,27 @@ def verify(
 ) -> Verdict:
     """Hear the witnesses about every suspected label; without any, the core is the verdict.
 
-    share (N,) is how far stage 1 believes in each row.
+    Labels are suspected for their core, or because a pattern of their strays or halves commands
+    them. share (N,) is how far stage 1 believes in each row.
     """
     live = suspected_labels(labels, core, settings)
     core = core & np.isin(labels, live)
     notes: dict[str, Any] = {"suspected_labels": live, "verified": witness is not None}
-    if witness is None or not live:
+    if witness is None:
         return Verdict(core, share, notes | {"cleared_labels": [], "labels": []})
-    court = Court(labels, witness.points(), witness, backend)
-    cases = [opened(court, y, core, last, settings) for y in live]
+    court = Court(labels, sightings, witness.points(), witness, backend)
+    groups, limit = searched(court, settings)
+    cases = []
+    for label in np.unique(labels).tolist():
+        tried = [group for group in groups[label] if group.commands >= limit]
+        if label in live:
+            tried.insert(0, court.core(label, core, settings))
+        if tried:
+            cases.append(opened(court, label, tried, limit))
+    notes |= {"suspected_labels": [case.label for case in cases], "limit": round(limit, 3)}
+    if not cases:
+        notes |= {"cleared_labels": [], "labels": []}
+        return Verdict(core, share, notes, (), tuple(court.answers))
     left_out = np.logical_or.reduce([case.candidates for case in cases])
     if left_out.mean() > MOST_LEFT_OUT:
         left_out = np.logical_or.reduce([case.poison for case in cases])
@@ -108,16 +135,38 @@ def verify(
     return Verdict(suspect, belief, notes, (check,), tuple(court.answers))
 
 
+def searched(court: Court, settings: Settings) -> tuple[dict[int, list[Group]], float]:
+    """What the strays and the halves of each label command; and from where a pattern is a trigger.
+
+    Most labels are not attacked: the limit lies well above what three quarters of them reach.
+    """
+    found = {
+        label: [*court.strays(label, settings), *court.halves(label, settings)]
+        for label in np.unique(court.labels).tolist()
+    }
+    best = [max((group.commands for group in groups), default=0.0) for groups in found.values()]
+    usual = float(np.quantile(best, USUAL))
+    return found, min(SURELY, max(AT_LEAST, usual + MARGIN))
+
+
 class Court:
-    """The labels and the witnesses; what the images were asked is written down."""
+    """The labels, the sightings and the witnesses; what the images were asked is written down."""
 
     def __init__(
-        self, labels: NDArray[np.int64], points: Array, witness: Witness, backend: Backend
+        self,
+        labels: NDArray[np.int64],
+        sightings: Sequence[Sighting],
+        points: Array,
+        witness: Witness,
+        backend: Backend,
     ) -> None:
         self.labels = labels  # (N,)
         self.answers: list[Transfer] = []
-        self.backend = backend
-        self._points, self._witness = points, witness
+        self._sightings, self._points = sightings, points
+        self._witness, self._backend = witness, backend
+        self._strays = [
+            _unpacked(backend.xp.packbits(seen.stray), len(labels), backend) for seen in sightings
+        ]
 
     def commands(self, label: int, group: Mask, rest: Mask) -> float:
         """Share of other labels' images that get the label with the pattern of a group."""
@@ -129,34 +178,72 @@ class Court:
 
     def kin(self, label: int, core: Mask, firm: Mask) -> Kin:
         """The rows of the label that belong to this core; firm rows stay."""
-        return kin(self._points, self.labels, label, core, firm, self.backend)
+        return kin(self._points, self.labels, label, core, firm, self._backend)
+
+    def core(self, label: int, core: Mask, settings: Settings) -> Group:
+        """A label's core against its home, whichever way its pattern commands more."""
+        ours = self.labels == label
+        outside = candidates(self._sightings[-1], self.labels, core, label, self._backend)
+        home = ours & ~outside
+        if home.sum() < settings.min_rows:
+            home = ours & ~core
+        return self._either("core", label, core & ours, home)
+
+    def halves(self, label: int, settings: Settings) -> list[Group]:
+        """The two parts of a label by its features, if either is more than a few rows."""
+        smaller, larger = halves(self._points, self.labels == label, self._backend)
+        if smaller.sum() < settings.min_rows:
+            return []
+        return [self._either("halves", label, smaller, larger)]
+
+    def strays(self, label: int, settings: Settings) -> list[Group]:
+        """Rows that two early snapshots put with other labels, once most of the label is at home.
+
+        Poison with a false label lies with its true class until the trigger is learnt.
+        """
+        ours, found = self.labels == label, list[Group]()
+        for stray in self._strays:
+            rows, rest = ours & stray, ours & ~stray
+            if rows.sum() < settings.min_rows or rows.sum() > rest.sum():
+                continue
+            found.append(Group("strays", rows, rest, self.commands(label, rows, rest)))
+            if len(found) == 2:
+                break
+        return found
+
+    def _either(self, kind: str, label: int, rows: Mask, rest: Mask) -> Group:
+        """Two groups of a label: the one that works better alone is the poison.
+
+        The difference of two groups may command the label either way round.
+        """
+        commands = max(self.commands(label, rows, rest), self.commands(label, rest, rows))
+        others = self.labels != label
+        if commands >= AT_LEAST and self.commands(label, rest, others) > self.commands(
+            label, rows, others
+        ):
+            rows, rest = rest, rows
+        return Group(kind, rows, rest, commands)
 
 
-def opened(court: Court, label: int, core: Mask, last: Sighting, settings: Settings) -> Case:
-    """Which of a label's groups is its poison, whether it commands the label, and its kin."""
-    ours, others = court.labels == label, court.labels != label
-    island = core & ours
-    outside = candidates(last, court.labels, core, label, court.backend)
-    home = ours & ~outside
-    if home.sum() < settings.min_rows:
-        home = ours & ~island
-    forth, back = court.commands(label, island, home), court.commands(label, home, island)
-    alone = court.commands(label, island, others), court.commands(label, home, others)
-    commanded, poison, away = max(forth, back), island, outside
-    swapped = commanded >= COMMANDS and alone[1] > alone[0]
-    if swapped:
-        poison, away = home, ours & ~island
-    if commanded >= COMMANDS:
-        poison = court.kin(label, poison, poison).rows
+def opened(court: Court, label: int, groups: list[Group], limit: float) -> Case:
+    """Hold the first group that commands the label for its poison, and grow it by its kin."""
+    chosen = next((group for group in groups if group.commands >= limit), groups[0])
+    poison, is_commanded = chosen.rows, chosen.commands >= limit
+    if is_commanded:
+        firm = poison if chosen.kind == "core" else np.zeros(len(poison), bool)
+        poison = court.kin(label, poison, firm).rows
     told = {
         "label": label,
-        "core": int(island.sum()),
-        "home": int(home.sum()),
-        "commands": [round(share, 3) for share in (forth, back, *alone)],
-        "home_is_poison": swapped,
+        "commands": {group.kind: round(group.commands, 3) for group in groups},
+        "chosen": chosen.kind,
+        "rows": int(chosen.rows.sum()),
         "grown": int(poison.sum()),
     }
-    return Case(label, poison, poison | away, commanded, told)
+    ours = court.labels == label
+    candidates = ours & (poison | ~chosen.rest)
+    if not is_commanded and candidates.sum() > MOST_OF_LABEL * ours.sum():
+        candidates = poison
+    return Case(label, poison, candidates, is_commanded, told)
 
 
 def judge(
@@ -188,7 +275,7 @@ def judge(
     )
     false_label = poison_share(case.poison) >= 0.5
     case.told["wrong_on_controls"] = round(wrong, 4)
-    case.told["rows"] = [int(group.sum()) for group in groups]
+    case.told["checked"] = [int(group.sum()) for group in groups]
     case.told["poison_share"] = [round(poison_share(group), 4) for group in groups]
     if not false_label and not case.is_commanded:
         return None
