@@ -39,6 +39,9 @@ class Settings:
     """First learning rate; it falls linearly to zero."""
     momentum: float = 0.9
     """Of SGD."""
+    share: float = 0.1
+    """Least share of the suspects in the loss: fewer of them weigh more (ours, not the paper's).
+    Else a hundredth of poison moves the head too little, and the attack goes on."""
     replay: int = 32
     """Optimiser steps that one CUDA graph replays; 0: as many as an epoch has. Before the first
     replay as many run eagerly and as many are recorded, so a few epochs gain most from a few."""
@@ -47,7 +50,8 @@ class Settings:
         require(
             self, "conceal", "above 0", lambda value: 0 < value < math.inf, "epochs", "batch", "lr"
         )
-        require(self, "conceal", "in [0, 1)", lambda share: 0 <= share < 1, "momentum")
+        shares = ("momentum", "share")
+        require(self, "conceal", "in [0, 1)", lambda share: 0 <= share < 1, *shares)
         require(self, "conceal", "0 or more", lambda count: count >= 0, "replay")
 
 
@@ -72,8 +76,18 @@ def conceal(
     concealed = copy.deepcopy(model)
     concealed.head = widened(model.head)
     known = backend.tensor(points() if points else features(model, corpus, backend))
-    fine_tune(concealed.head, known, labels, settings, backend, seed=seed, log=log)
+    weight = torch.ones(corpus.n_classes + 1, device=known.device)
+    weight[-1] = virtual_weight(float(suspect.mean()), settings.share)
+    fine_tune(concealed.head, known, labels, settings, backend, seed=seed, log=log, weight=weight)
     return concealed
+
+
+def virtual_weight(found: float, wanted: float) -> float:
+    """What a suspect must weigh so that suspects, a share `found`, have a share `wanted` of all.
+
+    1 where they are as many already, or where nobody else is left.
+    """
+    return max(1.0, wanted * (1 - found) / (found * (1 - wanted)))
 
 
 def widened(head: nn.Linear) -> nn.Linear:
@@ -98,8 +112,12 @@ def fine_tune(
     *,
     seed: int,
     log: Log = quiet,
+    weight: torch.Tensor | None = None,
 ) -> None:
-    """Train the head on features (N, D) and labels (N,); every step has one shape."""
+    """Train the head on features (N, D) and labels (N,); every step has one shape.
+
+    weight (outputs,) is what a row of each label counts in the loss.
+    """
     batch = min(settings.batch, len(labels))
     per_epoch = -(-len(labels) // batch)
     total = settings.epochs * per_epoch
@@ -118,7 +136,9 @@ def fine_tune(
             rate.copy_(now)
             inside = chosen.clamp(min=0)
             wanted = targets[inside].masked_fill(chosen < 0, IGNORED)
-            loss = functional.cross_entropy(head(points[inside]), wanted, ignore_index=IGNORED)
+            loss = functional.cross_entropy(
+                head(points[inside]), wanted, weight=weight, ignore_index=IGNORED
+            )
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

@@ -20,6 +20,7 @@ from csc_gpu.backend.workspace import Workspace, needed, workspace
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.features import BATCH
 from csc_gpu.models import Net, new_model
+from csc_gpu.segregate import counted
 from csc_gpu.segregate.clusters import BLOCK, least_neighbours
 
 FLOAT, INDEX = 4, 8  # bytes
@@ -106,15 +107,19 @@ def _stages(shape: Shape, settings: csc.Settings, model: Net) -> dict[str, dict[
     """Bytes that each stage holds beside what is always held, without DBSCAN's."""
     n, chosen, d = shape.rows, settings.segregate, model.n_features
     image = FLOAT * 3 * shape.height * shape.width
-    snapshots = len(settings.watch.steps(train.budget(n, settings.train)))
-    seen = {"clusters of every snapshot and scale": snapshots * len(chosen.scales) * FLOAT * n}
+    watched = sorted(settings.watch.steps(train.budget(n, settings.train)))
+    clustered = len(counted(watched, chosen))
+    seen = {
+        "clusters of every snapshot and scale": clustered * len(chosen.scales) * FLOAT * n,
+        "strays of every snapshot": len(watched) * n,
+    }
     features = {"features": FLOAT * n * d}
     activations = {"activations": _kept_for_backward(model, settings, shape)}
     dims, k = _dims(settings, model), min(n, least_neighbours(n, chosen))
     asked = min(asked_together(k, dims), chosen.k_rows, n)
     return {
         "train": {**activations, **seen, "batch": image * settings.train.batch},
-        "verify": {**activations, **seen, "second model": 3 * _weights(model)},
+        "verify": {**activations, **features, **seen, "second model": 3 * _weights(model)},
         "features": {
             **features,
             **seen,
