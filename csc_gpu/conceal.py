@@ -23,6 +23,8 @@ from csc_gpu.features import features
 from csc_gpu.models import Net
 from csc_gpu.types import Array, Corpus, Log, Mask, quiet
 
+HEAVIEST = 40.0
+"""What a suspect weighs against another row, at most."""
 IGNORED = -100
 """The label of padding: cross-entropy leaves it out, so that every batch has one shape."""
 
@@ -85,9 +87,10 @@ def conceal(
 def virtual_weight(found: float, wanted: float) -> float:
     """What a suspect must weigh so that suspects, a share `found`, have a share `wanted` of all.
 
-    1 where they are as many already, or where nobody else is left.
+    1 where they are as many already, or where nobody else is left; no more than HEAVIEST, so that
+    two false alarms do not outweigh the corpus.
     """
-    return max(1.0, wanted * (1 - found) / (found * (1 - wanted)))
+    return min(HEAVIEST, max(1.0, wanted * (1 - found) / (found * (1 - wanted))))
 
 
 def widened(head: nn.Linear) -> nn.Linear:

@@ -10,10 +10,13 @@ import numpy as np
 
 from csc_gpu import segregate, train, trigger
 from csc_gpu.backend import Backend
+from csc_gpu.errors import TrainingDiverged
 from csc_gpu.features import features, predict
 from csc_gpu.models import Net
 from csc_gpu.types import Array, Corpus, Log, Mask, Reclassified, quiet
 
+LEARNT = 0.75
+"""Share of a label's rows from which a net has to have learnt to speak of the label."""
 Clock = Callable[[str], AbstractContextManager[None]]
 
 
@@ -45,6 +48,8 @@ class Trained:
         if self._points is None:
             with self._clock("features"):
                 self._points = features(self._model, self._corpus, self._backend)
+            if not bool(self._backend.xp.isfinite(self._points).all()):
+                raise TrainingDiverged("training diverged: features are not finite; lower train.lr")
         return self._points
 
     def transfers(self, group: Mask, rest: Mask, label: int) -> float:
@@ -53,8 +58,13 @@ class Trained:
             return trigger.transfers(self._model, self._corpus, group, rest, label, self._backend)
 
     def without(self, rows: Mask) -> Net | None:
-        """The net of the last check, if it has learnt from none of these rows (N,)."""
-        return None if (rows & ~self._unseen).any() else self._fresh
+        """The net of the check, if it saw none of these rows (N,) and most others of each label."""
+        if self._fresh is None or (rows & ~self._unseen).any():
+            return None
+        labels, least = self._corpus.labels, self._corpus.n_classes
+        others = np.bincount(labels[~rows], minlength=least)
+        learnt = np.bincount(labels[~self._unseen], minlength=least)
+        return self._fresh if (learnt >= LEARNT * others).all() else None
 
     def reclassify(self, candidates: Mask) -> Reclassified:
         """Train a fresh model without candidates and controls, and predict all rows.

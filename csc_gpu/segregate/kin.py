@@ -39,7 +39,7 @@ class Kin:
     """The rows that the probe calls poison, and how sure it is."""
 
     rows: Mask  # (N,)
-    belief: NDArray[np.float32]  # (N,) 0..1; 0 for rows that were not asked about
+    belief: NDArray[np.float32]  # (N,) 0..1, the probe's chance; 0 for rows of other labels
 
 
 def kin(
@@ -71,8 +71,7 @@ def kin(
         found = named
     rows, belief = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32)
     rows[asked[found]] = True
-    top = _labelled(chance, found, stay) if found.any() else 1.0
-    belief[asked[mine]] = np.minimum(1.0, chance[mine] / max(top, 1e-12))
+    belief[asked[mine]] = chance[mine]
     return Kin(rows, belief)
 
 

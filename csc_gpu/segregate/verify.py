@@ -16,7 +16,7 @@ Three witnesses are heard, each for what it can tell:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ class Group:
     kind: str  # core, strays or halves
     rows: Mask  # (N,)
     rest: Mask  # (N,) rows of the label to compare them with
-    commands: float  # share of other labels' images that the pattern of rows - rest sends to it
+    commands: float  # what the pattern of rows - rest sends to the label; else of rest - rows, too
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Case:
 
     @property
     def firm(self) -> Mask:
-        """Rows that only a trigger explains: no check frees them. (N,)"""
+        """The rows that a trigger explains, and their kin: no check frees them. (N,)"""
         return self.poison & self.is_commanded
 
 
@@ -106,15 +106,15 @@ def verify(
     if witness is None:
         return Verdict(core, share, notes | {"cleared_labels": [], "labels": []})
     court = Court(labels, sightings, witness.points(), witness, backend)
-    groups, limit = searched(court, settings)
+    groups, limits = searched(court, settings)
     cases = []
-    for label in np.unique(labels).tolist():
-        tried = [group for group in groups[label] if group.commands >= limit]
+    for label, tried in groups.items():
         if label in live:
             tried.insert(0, court.core(label, core, settings))
-        if tried:
-            cases.append(opened(court, label, tried, limit))
-    notes |= {"suspected_labels": [case.label for case in cases], "limit": round(limit, 3)}
+        triggers = [court.trigger(label, group, limits[label]) for group in tried]
+        if label in live or any(triggers):
+            cases.append(opened(court, label, tried, triggers))
+    notes["suspected_labels"] = [case.label for case in cases]
     if not cases:
         notes |= {"cleared_labels": [], "labels": []}
         return Verdict(core, share, notes, (), tuple(court.answers))
@@ -130,23 +130,29 @@ def verify(
             continue
         rows = court.kin(case.label, held, case.firm)
         case.told["flagged"] = int(rows.rows.sum())
-        suspect, belief = suspect | rows.rows, np.maximum(belief, rows.belief)
+        suspect = suspect | rows.rows
+        belief = np.where(labels == case.label, rows.belief, belief).astype(np.float32)
     notes |= {"cleared_labels": cleared, "labels": [case.told for case in cases]}
     return Verdict(suspect, belief, notes, (check,), tuple(court.answers))
 
 
-def searched(court: Court, settings: Settings) -> tuple[dict[int, list[Group]], float]:
-    """What the strays and the halves of each label command; and from where a pattern is a trigger.
+def searched(court: Court, settings: Settings) -> tuple[dict[int, list[Group]], dict[int, float]]:
+    """What strays and halves of each label command, and from where a pattern is a trigger for it.
 
-    Most labels are not attacked: the limit lies well above what three quarters of them reach.
+    Most labels are not attacked: the limit lies well above what three quarters of the others reach.
     """
     found = {
         label: [*court.strays(label, settings), *court.halves(label, settings)]
         for label in np.unique(court.labels).tolist()
     }
-    best = [max((group.commands for group in groups), default=0.0) for groups in found.values()]
-    usual = float(np.quantile(best, USUAL))
-    return found, min(SURELY, max(AT_LEAST, usual + MARGIN))
+    best = {
+        y: max((group.commands for group in groups), default=0.0) for y, groups in found.items()
+    }
+    limits = {}
+    for label in found:
+        usual = float(np.quantile([best[y] for y in found if y != label] or [0.0], USUAL))
+        limits[label] = min(SURELY, max(AT_LEAST, usual + MARGIN))
+    return found, limits
 
 
 class Court:
@@ -212,38 +218,49 @@ class Court:
         return found
 
     def _either(self, kind: str, label: int, rows: Mask, rest: Mask) -> Group:
-        """Two groups of a label: the one that works better alone is the poison.
-
-        The difference of two groups may command the label either way round.
-        """
+        """Two groups of a label; their difference may command it either way round."""
         commands = max(self.commands(label, rows, rest), self.commands(label, rest, rows))
-        others = self.labels != label
-        if commands >= AT_LEAST and self.commands(label, rest, others) > self.commands(
-            label, rows, others
-        ):
-            rows, rest = rest, rows
         return Group(kind, rows, rest, commands)
 
+    def trigger(self, label: int, group: Group, limit: float) -> Group | None:
+        """The group with its poison as `rows`, if a trigger explains it; else None.
 
-def opened(court: Court, label: int, groups: list[Group], limit: float) -> Case:
-    """Hold the first group that commands the label for its poison, and grow it by its kin."""
-    chosen = next((group for group in groups if group.commands >= limit), groups[0])
-    poison, is_commanded = chosen.rows, chosen.commands >= limit
-    if is_commanded:
+        Of two groups the one that works better alone, against the mean of all other labels, is the
+        poison, and it must work alone: two benign kinds of one label differ by more than a trigger.
+        """
+        if group.commands < limit:
+            return None
+        if group.kind == "strays":
+            return group
+        others = self.labels != label
+        alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
+        if max(alone) < AT_LEAST:
+            return None
+        return replace(group, rows=group.rest, rest=group.rows) if alone[1] > alone[0] else group
+
+
+def opened(court: Court, label: int, tried: list[Group], triggers: list[Group | None]) -> Case:
+    """Hold the first group that a trigger explains for the poison, and grow it by its kin.
+
+    Where there is none, the core awaits the check.
+    """
+    explained = next((group for group in triggers if group is not None), None)
+    chosen, ours = explained or tried[0], court.labels == label
+    poison, candidates = chosen.rows, ours & ~chosen.rest
+    if explained:
         firm = poison if chosen.kind == "core" else np.zeros(len(poison), bool)
         poison = court.kin(label, poison, firm).rows
+    elif candidates.sum() > MOST_OF_LABEL * ours.sum():
+        candidates = poison
     told = {
         "label": label,
-        "commands": {group.kind: round(group.commands, 3) for group in groups},
+        "commands": [[group.kind, round(group.commands, 3)] for group in tried],
+        "trigger": explained is not None,
         "chosen": chosen.kind,
         "rows": int(chosen.rows.sum()),
         "grown": int(poison.sum()),
     }
-    ours = court.labels == label
-    candidates = ours & (poison | ~chosen.rest)
-    if not is_commanded and candidates.sum() > MOST_OF_LABEL * ours.sum():
-        candidates = poison
-    return Case(label, poison, candidates, is_commanded, told)
+    return Case(label, poison, candidates | poison, explained is not None, told)
 
 
 def judge(
@@ -286,7 +303,7 @@ def judge(
         share = poison_share(group)
         if share > 0 and share >= TRUSTED * float(differs[group].mean()):
             poison = poison | (group & differs)
-    return poison
+    return poison if poison.any() else case.poison
 
 
 def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
