@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def cli() -> None:
 @click.option("--name", required=True, help="What to call the corpus in the lines.")
 @click.option("--attack", "attacks", multiple=True, help="Only these attacks; repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only these seeds; repeat.")
-@click.option("--target", "targets", multiple=True, help="The target of each seed, in turn.")
+@click.option("--target", "targets", multiple=True, help="The targets of the seeds, in turn.")
 @click.option("--rate", type=float, help="Another rate than the usual one.")
 @click.option("--label-noise", default=0.0, help="Share of clean rows with a false label.")
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
@@ -85,13 +85,13 @@ def train(
             "attack": attack,
             "rate": RATES[attack][1] if attack == "none" else rate or RATES[attack][1],
             "rate_of": RATES[attack][0],
-            "target": (targets or TARGETS)[seed],
+            "target": targets[number % len(targets)] if targets else TARGETS[seed % len(TARGETS)],
             "seed": seed,
             "label_noise": label_noise,
             "flip": flip,
             "set": list(changed),
         }
-        for seed in (seeds or (0, 1, 2))
+        for number, seed in enumerate(seeds or (0, 1, 2))
         for attack in (attacks or tuple(RATES))
     ]
     todo = [cell for cell in cells if not (folder(cell, work) / "cell.json").exists()]
@@ -120,10 +120,11 @@ def train_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
 def folder(cell: dict[str, Any], work: Path) -> Path:
     """Where a cell's corpus and run are kept."""
     said = [cell["data"], cell["attack"], cell["rate"], cell["seed"]]
+    said += [f"to_{cell['target']}"] if cell["attack"] != "none" else []
     said += [f"noise_{cell['label_noise']}"] if cell["label_noise"] else []
-    said += [f"to_{cell['target'].replace(',', '_')}"] if not cell["target"].isdecimal() else []
-    said += ["".join(c if c.isalnum() else "_" for c in text) for text in cell["set"]]
-    return work / "-".join(map(str, said))
+    said += ["flip"] if cell["flip"] else []
+    words = ["".join(c if c.isalnum() or c == "." else "_" for c in str(w)) for w in said]
+    return work / "-".join([*words, *("".join(filter(str.isalnum, s)) for s in cell["set"])])
 
 
 def command(*words: Any) -> None:
@@ -149,11 +150,18 @@ def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -
     todo = [(c, rule) for rule in rules for c in cells if (key_of(c), rule) not in known]
     click.echo(f"{len(cells)} cells, {len(todo)} judgements to make")
     with ThreadPoolExecutor(jobs) as pool:
-        for line in pool.map(lambda asked: judged(*asked, work), todo):
+        asked = [pool.submit(judged, cell, rule, work) for cell, rule in todo]
+        failed = []
+        for done in as_completed(asked):
+            if done.exception():
+                failed.append(str(done.exception()))
+                continue
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            click.echo(said(line))
+                file.write(json.dumps(done.result()) + "\n")
+            click.echo(said(done.result()))
+    if failed:
+        raise click.ClickException(f"{len(failed)} judgements failed; the first: {failed[0]}")
 
 
 def judged(cell: dict[str, Any], rule: str, work: Path) -> dict[str, Any]:
@@ -247,7 +255,7 @@ def clean_net(place: Path, cell: dict[str, Any], corpus: Any) -> Any:
     """The net of the cell without an attack, of the same data and seed; None if it is missing."""
     from csc_gpu.run import load_model
 
-    alike = {**cell, "attack": "none", "rate": RATES["none"][1], "target": "0", "label_noise": 0.0}
+    alike = {**cell, "attack": "none", "rate": RATES["none"][1], "label_noise": 0.0}
     there = folder(alike, place.parent) / "run"
     if not (there / "summary.json").exists():
         return None
@@ -416,7 +424,8 @@ def picture(place: Path, verdict: Path | None, out: Path) -> None:
     poison = key.is_poison[[row[path] for path in found.paths]]
     z = snapshots.features[-1]
     z = z / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
-    attacked = np.isin(snapshots.labels, np.unique(snapshots.labels[poison | found.suspect]))
+    concerned = np.unique(snapshots.labels[poison | found.suspect])
+    attacked = np.isin(snapshots.labels, concerned if len(concerned) else snapshots.labels)
     centre = z[attacked].mean(axis=0)
     axes = np.linalg.eigh(np.cov((z[attacked] - centre).T))[1][:, ::-1][:, :2]
     kinds = np.where(attacked, "benign, of the label", "benign, other labels")

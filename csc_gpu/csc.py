@@ -204,7 +204,7 @@ def snapshots(
         return {}
     epoch, points = zip(*learnt.kept, strict=True)
     found = {"features": np.stack(points), "epoch": np.array(epoch)}
-    if verdict.checks:
+    if verdict.transfers or verdict.checks:
         found["final"] = backend.to_numpy(witness.points())
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +138,12 @@ def memory_check(
 
 
 def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
-    """About what a run will write: two models, a line a row, and the features if they are kept."""
+    """About what a run will write: up to three models, a line a row, features if they are kept."""
     model = new_model(settings.train.model, corpus.n_classes, corpus.image_size[0], seed=0)
     weights: int = sum(weight.numel() for weight in model.state_dict().values())
     watched = len(settings.watch.steps(budget(len(corpus), settings.train)))
-    kept = watched * model.n_features * len(corpus) if settings.watch.keep else 0
-    return 4 * (2 * weights + kept) + BYTES_PER_LINE * len(corpus)
+    kept = (watched + 1) * model.n_features * len(corpus) if settings.watch.keep else 0
+    return 4 * (3 * weights + kept) + BYTES_PER_LINE * len(corpus)
 
 
 def save_outcome(
@@ -366,9 +366,10 @@ def segregate(
 ) -> str:
     """Segregate a feature file and write the verdict; the verdict in a few lines."""
     found = run.load_snapshots(features)
+    of_run = {name: v for name, v in (found.settings or {}).items() if name in known_settings()}
     settings = override(
         csc.Settings(),
-        {f"segregate.{k}": v for k, v in (found.settings or {}).items()} | dict(changes),
+        {f"segregate.{name}": value for name, value in of_run.items()} | dict(changes),
     )
     run.check_apart(str(features), out)
     with run.fresh_directory(out, run.VERDICT, force=force) as folder:
@@ -394,6 +395,11 @@ def segregate(
     unverified = told.notes.get("verified") is False
     stage = "\nonly stage 1 ran: there are no images to verify it with" if unverified else ""
     return f"{summary['verdict']}{stage}\nsuspects: {out / 'suspects.csv'}"
+
+
+def known_settings() -> set[str]:
+    """The settings of segregation; a run of an older version may have recorded others, too."""
+    return {field.name for field in fields(segregation.Settings)}
 
 
 def watch(

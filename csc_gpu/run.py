@@ -3,6 +3,7 @@
     suspects.csv             one row an image, higher poison_score = more suspect
     clusters.csv             one row a cluster, at every snapshot and scale
     model.safetensors        the concealed model; undefended.safetensors as trained, before that
+    recovered.safetensors    a net that has learnt from no suspect (if asked for)
     features.npz             every watched snapshot, and what verification returned (if asked for)
     settings.toml            every setting, resolved
     summary.json             verdict, evidence, counts, versions, seconds
@@ -83,7 +84,7 @@ VERDICT = Kind(
     "segregate",
     frozenset({"suspects.csv", "clusters.csv", "settings.toml", "summary.json", "log.jsonl"}),
 )
-MODELS = frozenset({"model.safetensors", "undefended.safetensors"})
+MODELS = frozenset(f"{name}.safetensors" for name in ("model", "undefended", "recovered"))
 RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json"})
 POISONED = Kind("poison", frozenset({"train", "test", "classes.txt", "key.npz", "recipe.json"}))
 
@@ -532,7 +533,10 @@ def _transfers(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Transfer, ..
     if any(key not in arrays for key in keys):
         return ()
     label, group, rest, share = (arrays[key] for key in keys)
-    if group.shape != (len(label), n) or rest.shape != group.shape or share.shape != label.shape:
+    shapes = (label.ndim, group.shape, rest.shape, share.shape)
+    if shapes != (1, (label.size, n), (label.size, n), label.shape):
+        return ()
+    if not all(array.dtype.kind in "biuf" for array in (label, group, rest, share)):
         return ()
     return tuple(
         Transfer(int(y), g.astype(bool), r.astype(bool), float(s))
@@ -542,14 +546,16 @@ def _transfers(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Transfer, ..
 
 def _final(arrays: Mapping[str, NDArray[Any]], n: int) -> NDArray[np.float32] | None:
     found = arrays.get("final")
-    if found is None or found.ndim != 2 or len(found) != n or not np.isfinite(found).all():
+    if found is None or found.ndim != 2 or len(found) != n or found.dtype.kind not in "iuf":
+        return None
+    if not np.isfinite(found).all():
         return None
     return np.asarray(found, np.float32)
 
 
 def replay(found: Snapshots, backend: Backend) -> Witness | None:
     """What the run's witness said at the time, for the same questions; None without a record."""
-    if not found.checks or found.final is None:
+    if found.final is None:
         return None
     return Recorded(backend.xp.asarray(found.final), found.transfers, found.checks)
 
@@ -569,8 +575,9 @@ class Recorded:
     def transfers(self, group: Mask, rest: Mask, label: int) -> float:
         """The share that was found for these groups. 0..1"""
         for known in self._transfers:
-            same = (known.group == group).all() and (known.rest == rest).all()
-            if known.label == label and same:
+            if known.label != label or (known.group != group).any():
+                continue
+            if (known.rest == rest).all():
                 return known.share
         raise CorpusError(OTHER_QUESTION)
 
@@ -583,8 +590,9 @@ class Recorded:
 
 
 OTHER_QUESTION = (
-    "with these settings other rows would be looked at than in the run, so its record of "
-    "verification does not serve; use --set segregate.rule=persistence, or train again"
+    "with these settings, or on this machine, other rows would be looked at than in the run, so "
+    "its record of verification does not serve; use --set segregate.rule=persistence, or train "
+    "again"
 )
 
 

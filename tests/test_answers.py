@@ -71,7 +71,8 @@ def test_the_key_comes_back(attack: str, tmp_path: Path) -> None:
     split, key = poisoned(attack)
     save_poisoned(tmp_path, split, key)
     back = load_key(tmp_path / "key.npz")
-    for name in ("is_poison", "is_cover", "orig_labels", "test", "triggered", "test_labels"):
+    kept = ("is_poison", "is_cover", "orig_labels", "given_labels", "test", "test_labels")
+    for name in (*kept, "triggered"):
         assert getattr(back, name).dtype == getattr(key, name).dtype
         assert np.array_equal(getattr(back, name), getattr(key, name))
     assert back.attack_labels.tolist() == key.attack_labels.tolist()

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import clustering, end_to_end, gpu_check, loader, results_file, traffic
+from benchmarks import clustering, detection, end_to_end, gpu_check, loader, results_file, traffic
 from benchmarks import conceal as concealment
 from csc_gpu import bench
 from csc_gpu.backend import open_backend
 from csc_gpu.backend.doctor import missing_for_gpu
+from csc_gpu.cli import cli
 
 CPU = open_backend("cpu", 1)
 ROOT = Path(__file__).parent.parent
@@ -354,6 +355,177 @@ def test_concealment_is_measured_over_every_length_of_a_replay(out):
 def test_recorded_weights_that_differ_fail_the_command(out, monkeypatch, apart, status):
     monkeypatch.setattr(bench, "conceal", lambda *_, **how: [{"weights_differ_by": apart}])
     assert run(concealment.main, "--cpu").exit_code == status
+
+
+# --- detection ------------------------------------------------------------------------------------
+
+
+def a_cell(**changes):
+    cell = {"data": "digits", "attack": "badnets", "rate": 0.05, "rate_of": "--rate"}
+    cell |= {"target": "0", "seed": 0, "label_noise": 0.0, "flip": False, "set": []}
+    return cell | changes
+
+
+OTHER_CELLS = [
+    {"data": "digits-2"},
+    {"attack": "blend"},
+    {"rate": 0.1},
+    {"seed": 1},
+    {"label_noise": 0.1},
+    {"target": "0,3"},
+    {"target": "0,7"},
+    {"target": "all"},
+    {"set": ["train.epochs=2"]},
+    {"set": ["train.epochs=2", "train.batch=32"]},
+]
+
+
+def test_cells_that_differ_have_keys_and_folders_of_their_own(tmp_path):
+    cells = [a_cell(), *(a_cell(**change) for change in OTHER_CELLS)]
+    assert len({detection.key_of(cell) for cell in cells}) == len(cells)
+    assert len({detection.folder(cell, tmp_path) for cell in cells}) == len(cells)
+    assert all(detection.folder(cell, tmp_path).parent == tmp_path for cell in cells)
+    assert detection.key_of(a_cell() | {"rule": "text", "after": {}}) == detection.key_of(a_cell())
+
+
+@pytest.mark.parametrize("change", [{"target": "5"}, {"flip": True}])
+def test_cells_that_differ_in_one_target_or_in_flip_have_folders_of_their_own(tmp_path, change):
+    assert detection.key_of(a_cell()) != detection.key_of(a_cell(**change))
+    assert detection.folder(a_cell(), tmp_path) != detection.folder(a_cell(**change), tmp_path)
+
+
+def test_cells_are_poisoned_and_trained_once(tmp_path, monkeypatch):
+    calls = []
+
+    def command(*words):
+        calls.append([str(word) for word in words])
+        if words[0] == "poison":
+            Path(words[2]).mkdir(parents=True)
+
+    monkeypatch.setattr(detection, "command", command)
+    words = ("train", "digits", "--name", "digits", "--attack", "badnets", "--attack", "sig",
+             "--seed", 1, "--flip", "--work", tmp_path, "--jobs", 1)  # fmt: skip
+    first = run(detection.cli, *words)
+    assert first.exit_code == 0, first.output
+    assert "2 cells, 2 to train" in first.output
+    assert [words[0] for words in calls] == ["poison", "train", "poison", "train"]
+    poisoned, trained = calls[2:]
+    assert {"sig", "--rate-of-target", "0.5", "3"} <= set(poisoned)
+    assert {"--flip", "--save-features", "segregate.rule=persistence"} <= set(trained)
+    cells = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*/cell.json"))]
+    assert [(cell["attack"], cell["target"]) for cell in cells] == [("badnets", "3"), ("sig", "3")]
+    again = run(detection.cli, *words)
+    assert "2 cells, 0 to train" in again.output
+    assert len(calls) == 4
+
+
+def test_a_seed_given_alone_takes_the_target_given_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(detection, "train_cell", lambda cell, *_: cell)
+    words = ("--name", "d", "--attack", "badnets", "--work", tmp_path)
+    result = run(detection.cli, "train", "digits", *words, "--seed", 3, "--target", "7")
+    assert result.exit_code == 0, result.output
+
+
+def a_line(rule="two-stage", **changes):
+    """A line of the results: the cell's seed tells its figures apart."""
+    cell = a_cell(**changes)
+    rates = {"acc": 0.9, "asr": cell["seed"] / 10, "ra": 0.8}
+    versions = {"processor": "P", "cores": 2, "torch": "2", "scikit-learn": "1"}
+    return cell | {
+        "rule": rule,
+        "before": rates,
+        "after": rates,
+        "recovered": None,
+        "clean_net": None,
+        "detection": {"tpr": 1 - cell["seed"] / 10, "fpr": 0.0},
+        "cpu_seconds": 1.0,
+        "versions": versions,
+        "trained_at": "abc",
+        "commit": "def",
+        "date": "2026-11-21",
+    }
+
+
+def test_what_has_a_line_is_not_judged_again(tmp_path, monkeypatch):
+    for seed in range(2):
+        cell = a_cell(seed=seed)
+        place = detection.folder(cell, tmp_path)
+        place.mkdir()
+        (place / "cell.json").write_text(json.dumps(cell))
+    asked, out = [], tmp_path / "deep" / "lines.jsonl"
+
+    def judged(cell, rule, work):
+        asked.append((cell["seed"], rule))
+        return a_line(rule, **cell)
+
+    monkeypatch.setattr(detection, "judged", judged)
+    words = ("judge", "--work", tmp_path, "--out", out, "--jobs", 1)
+    assert "2 cells, 2 judgements" in run(detection.cli, *words).output
+    assert "2 cells, 0 judgements" in run(detection.cli, *words).output
+    result = run(detection.cli, *words, "--rule", "text", "--rule", "two-stage")
+    assert "2 cells, 2 judgements" in result.output
+    assert "digits badnets 0.05 text seed 1: acc 0.900 -> 0.900" in result.output
+    assert asked == [(0, "two-stage"), (1, "two-stage"), (0, "text"), (1, "text")]
+    assert [(line["seed"], line["rule"]) for line in detection.read(out)] == asked
+    few = run(detection.cli, *words, "--only", "digits-badnets-0.05-1", "--rule", "algorithm1")
+    assert "1 cells, 1 judgements" in few.output
+
+
+def table_of(tmp_path, lines, *words):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = run(detection.cli, "table", path, *words)
+    assert result.exit_code == 0, result.output
+    rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if line[:1] == "|"]
+    assert len({len(row) for row in (rows[0], *rows[2:])}) == 1
+    return rows[2:], result.output
+
+
+def test_the_table_has_a_row_for_each_kind_of_cell_and_the_median_over_its_seeds(tmp_path):
+    lines = [a_line(seed=seed, target=str(seed)) for seed in range(3)]
+    lines += [a_line(attack="sig", rate=0.5, rate_of="--rate-of-target"), a_line("text")]
+    lines += [a_line(target="0,3", label_noise=0.1), a_line(target="0,7"), a_line(flip=True)]
+    columns = ("--column", "recall", "--column", "RA recovered")
+    rows, told = table_of(tmp_path, lines, *columns)
+    assert rows[0] == ["digits", "badnets 0.05", "two-stage", "3",
+                       "**0.900** (1.000, 0.900, 0.800)", "-"]  # fmt: skip
+    assert [row[1:4] for row in rows[1:]] == [
+        ["sig 0.5 of target", "two-stage", "1"],
+        ["badnets 0.05", "text", "1"],
+        ["badnets 0.05 to 0,3 + 0.1 label noise", "two-stage", "1"],
+        ["badnets 0.05 to 0,7", "two-stage", "1"],
+        ["badnets 0.05", "two-stage", "1"],
+    ]
+    assert "trained at abc, judged at def, 2026-11-21" in told
+    only, _ = table_of(tmp_path, lines, "--rule", "text")
+    assert [row[2] for row in only] == ["text"]
+    assert len(only[0]) == 4 + len(detection.COLUMNS)
+
+
+def test_a_cell_trained_and_judged_has_every_figure_of_a_line(tmp_path, monkeypatch):
+    """The commands run in this process, and the cell has no clean net beside it."""
+
+    def command(*words):
+        done = run(cli, *words)
+        assert done.exit_code == 0, done.output
+
+    monkeypatch.setattr(detection, "command", command)
+    changed = ["train.epochs=2", "train.min_steps=1", "train.batch=32"]
+    cell = detection.train_cell(a_cell(rate=0.1, set=changed), "digits", tmp_path)
+    place = detection.folder(cell, tmp_path)
+    line = json.loads(json.dumps(detection.judge_cell(place, "two-stage")))
+    assert detection.key_of(line) == detection.key_of(cell)
+    counts = line["detection"]["counts"]
+    assert counts["tpr"][1] == line["counts"]["poison"] == 144
+    assert line["clean_net"] is None
+    assert line["recovered_from"] in ("check", "scratch")
+    assert line["recovered"]["argmax_over"] == 10
+    assert line["segregation"]["verified"] is True
+    with (place / "two-stage.csv").open() as file:
+        assert sum(",True," in row for row in file) == counts["flagged"][0] > 0
+    rows, _ = table_of(tmp_path, [line])
+    assert rows[0][3] == "1"
+    assert "CPU-s" in detection.said(line)
 
 
 # --- end to end -----------------------------------------------------------------------------------

@@ -102,6 +102,44 @@ def test_score_gives_bare_fractions_with_counts(finished):
     for name in ("tpr", "fpr", "precision", "auroc"):
         assert score["detection"][name] is None or 0 <= score["detection"][name] <= 1
     assert "before" in done.output and "asr" in done.output
+    assert score["recovered"] is None and "recovered" not in done.output
+
+
+@pytest.fixture(scope="module")
+def recovering(finished):
+    """A run on the same corpus with --recover, and its score."""
+    ran = call("train", finished / "p", "--out", finished / "recovering", "--cpu", "--threads", 1,
+               "--recover", *QUICK)  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    done = call("score", finished / "recovering", "--key", finished / "p" / "key.npz")
+    assert done.exit_code == 0, done.output
+    return finished / "recovering", done.output
+
+
+def test_a_recovered_net_is_saved_and_scored_over_the_real_classes(recovering, finished):
+    folder, told = recovering
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["recovered_from"] == "check"
+    assert summary["suspects"] > 0
+    weights = load_file(folder / "recovered.safetensors")
+    assert weights["head.weight"].shape == (10, 128)
+    assert (
+        weights["head.weight"] != load_file(folder / "undefended.safetensors")["head.weight"]
+    ).any()
+    score = json.loads((folder / "score.json").read_text())
+    assert score["recovered"]["argmax_over"] == 10
+    for name in ("acc", "asr", "ra"):
+        hits, of = score["recovered"]["counts"][name]
+        assert score["recovered"][name] == hits / of
+    (line,) = [line for line in told.splitlines() if line.startswith("recovered")]
+    assert line.split()[1::2] == ["acc", "asr", "ra"]
+    assert not (finished / "run" / "recovered.safetensors").exists()
+
+
+def test_a_run_with_a_recovered_net_can_be_replaced(recovering, tmp_path):
+    shutil.copytree(recovering[0], tmp_path / "run")
+    done = train_on("digits", tmp_path, "--force", "--defense", "plain", *QUICK)
+    assert done.exit_code == 0, done.output
 
 
 def test_a_corpus_too_large_for_memory_is_streamed_to_the_same_verdict(
@@ -147,6 +185,18 @@ def test_saved_features_give_the_verdict_that_train_gave(finished, tmp_path):
     theirs = (finished / "run" / "suspects.csv").read_text()
     assert ",True," in theirs  # or the test would say little
     assert (tmp_path / "v" / "suspects.csv").read_text() == theirs
+
+
+def test_saved_features_say_nothing_about_rows_that_were_not_asked_about(finished, tmp_path):
+    summary = json.loads((finished / "run" / "summary.json").read_text())
+    assert summary["segregation"]["verified"] is True
+    assert summary["segregation"]["suspected_labels"] == [0]
+    features, onto = finished / "run" / "features.npz", ("--out", tmp_path / "v", "--cpu")
+    other = ("--set", "segregate.persistence=1", "--set", "segregate.coarsest=0.2")
+    assert_refused(call("segregate", features, *onto, *other), "segregate.rule=persistence")
+    assert not (tmp_path / "v").exists()
+    alone = call("segregate", features, *onto, *other, "--set", "segregate.rule=persistence")
+    assert alone.exit_code == 0, alone.output
 
 
 def test_the_same_seed_gives_the_same_verdict(finished, tmp_path):
@@ -204,6 +254,20 @@ def test_every_attack_takes_the_same_options(tmp_path, attack):
     assert done.exit_code == 0, done.output
     with np.load(tmp_path / "p" / "key.npz", allow_pickle=False) as key:
         assert int(key["is_poison"].sum()) == {"blend": 72, "sig": 73, "none": 0}[attack]
+
+
+def test_several_targets_and_label_noise_are_told_by_the_key(tmp_path):
+    words = ("--attack", "badnets", "--rate", 0.1, "--target", "1,7", "--label-noise", 0.1)
+    done = call("poison", "digits", tmp_path / "p", *words)
+    assert done.exit_code == 0, done.output
+    with np.load(tmp_path / "p" / "key.npz", allow_pickle=False) as key:
+        poison, given, before = (key[n] for n in ("is_poison", "given_labels", "orig_labels"))
+    assert set(given[poison]) == {1, 7}
+    noisy = (given != before) & ~poison
+    assert noisy.sum() == round(0.1 * (~poison).sum())
+    recipe = json.loads((tmp_path / "p" / "recipe.json").read_text())
+    assert (recipe["target"], recipe["label_noise"]) == ([1, 7], 0.1)
+    assert recipe["counts"]["mislabelled"] == noisy.sum()
 
 
 def test_the_control_takes_the_options_of_any_attack(tmp_path):
@@ -290,6 +354,9 @@ def test_nan_in_features_is_refused(tmp_path):
         (("--attack", "badnets", "--rate-of-target", 1.5), ("--rate-of-target",)),
         (("--attack", "badnets"), ("--rate",)),
         (("--attack", "badnets", "--rate", 0.1, "--target", "12"), ("12", "class")),
+        (("--attack", "badnets", "--rate", 0.1, "--target", "1,1"), ("1,1", "twice")),
+        (("--attack", "sig", "--rate-of-target", 0.5, "--target", "all"), ("one target",)),
+        (("--attack", "none", "--rate", 0.1, "--label-noise", 1), ("--label-noise",)),
         (("--attack", "sig", "--rate", 0.5), ("--rate-of-target",)),
         (("--attack", "badnets", "--rate", 0.1, "--option", "cel=2"), ("cel", "cell")),
         (("--attack", "badnets", "--rate", 0.1, "--trigger", "x.png"), ("badnets", "picture")),

@@ -63,6 +63,7 @@ def key_of(
         is_poison=np.zeros(0, bool),
         is_cover=np.zeros(0, bool),
         orig_labels=np.zeros(0, np.int64),
+        given_labels=np.zeros(0, np.int64),
         paths=(),
         test=pictures(clean),
         triggered=pictures(triggered, second),
@@ -71,15 +72,16 @@ def key_of(
     )
 
 
-def rows_key(poison: Any, cover: Any = None, before: Any = None, **recipe: Any) -> AnswerKey:
-    """A key to training rows alone."""
+def rows_key(poison: Any, cover: Any = None, before: Any = None, given: Any = None) -> AnswerKey:
+    """A key to training rows alone; without `given` their labels are true."""
     poison = np.array(poison, bool)
+    before = np.zeros(len(poison), np.int64) if before is None else np.array(before)
     return replace(
         key_of(),
         is_poison=poison,
         is_cover=np.zeros(len(poison), bool) if cover is None else np.array(cover, bool),
-        orig_labels=np.zeros(len(poison), np.int64) if before is None else np.array(before),
-        recipe=recipe,
+        orig_labels=before,
+        given_labels=before if given is None else np.array(given),
     )
 
 
@@ -140,6 +142,7 @@ def test_false_flags_are_counted_by_their_true_class():
         is_poison=np.array([True, False, False, False]),
         is_cover=np.zeros(4, bool),
         orig_labels=np.array([1, 1, 2, 2]),
+        given_labels=np.array([0, 1, 2, 2]),
         paths=tuple("abcd"),
         test=np.zeros((0, 2, 2, 3), np.uint8),
         triggered=np.zeros((0, 2, 2, 3), np.uint8),
@@ -279,14 +282,16 @@ def test_detection_of_eight_rows_is_known_by_hand():
     poison = [1, 1, 1, 1, 0, 0, 0, 0]
     cover = [0, 0, 0, 0, 1, 1, 0, 0]
     before = [0, 2, 1, 1, 0, 0, 1, 2]  # the target is 0: one row was of that class already
+    given = [0, 0, 0, 0, 1, 0, 1, 1]  # two clean rows have a false label
     suspect = np.array([1, 1, 1, 0, 1, 0, 0, 0], bool)
     score = np.array([0.9, 0.8, 0.7, 0.2, 0.6, 0.1, 0.1, 0.1])
-    found = detection(suspect, score, rows_key(poison, cover, before, target=0))
+    found = detection(suspect, score, rows_key(poison, cover, before, given))
     assert found["counts"] == {
         "tpr": [3, 4],
         "fpr": [1, 4],
         "precision": [3, 4],
         "tpr_relabelled": [2, 3],
+        "mislabelled_flagged": [1, 2],
         "covers_flagged": [1, 2],
         "flagged": [4, 8],
     }
@@ -323,9 +328,18 @@ def test_with_nothing_but_poison_there_is_no_false_flag_rate():
     assert found["tpr"] == 0.5
 
 
-def test_an_attack_with_no_single_target_has_no_relabelled_rate():
-    found = detection(np.array([True, False]), np.array([0.9, 0.1]), rows_key([1, 0], target=None))
+def test_poison_with_true_labels_has_no_relabelled_rate():
+    found = detection(np.array([True, False]), np.array([0.9, 0.1]), rows_key([1, 0]))
+    assert found["tpr"] == 1.0
     assert found["tpr_relabelled"] is None
+    assert found["mislabelled_flagged"] is None
+
+
+def test_a_clean_row_with_a_false_label_that_is_flagged_is_a_false_alarm():
+    key = rows_key([0, 0, 0], before=[0, 1, 2], given=[0, 2, 2])
+    found = detection(np.array([False, True, False]), np.zeros(3), key)
+    assert found["counts"]["mislabelled_flagged"] == [1, 1]
+    assert found["counts"]["fpr"] == [1, 3]
 
 
 def test_the_areas_are_of_the_score_and_not_of_the_flags():

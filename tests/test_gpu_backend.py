@@ -24,7 +24,8 @@ from csc_gpu.conceal import conceal
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.features import features, predict
 from csc_gpu.models import new_model
-from csc_gpu.segregate import RULES, Settings, candidates, observe, segregate
+from csc_gpu.segregate import RULES, Settings, counted, observe, segregate
+from csc_gpu.segregate.verify import candidates
 from csc_gpu.train import Settings as Training
 from csc_gpu.types import Corpus, DefenderView
 from tests.fake_gpu import DeviceArray, FakeDriver, fake_gpu
@@ -114,22 +115,23 @@ def snapshots(count: int, rows: int) -> tuple[Any, list[np.ndarray]]:
     return there, [there.points + step for step in noise]
 
 
-def verdict_of(backend, there, moments, settings, reclassify=None):
+def verdict_of(backend, there, moments, settings, checked=False, commands=1.0):
     up = backend.xp.asarray
+    witness = oracle(there, commands=commands, xp=backend.xp) if checked else None
+    counts = counted(range(len(moments)), settings)
     seen = [
-        observe(up(points), there.labels, epoch, settings, backend)
-        for epoch, points in enumerate(moments, start=1)
+        observe(up(points), there.labels, epoch, settings, backend, clustered=epoch in counts)
+        for epoch, points in enumerate(moments)
     ]
-    return seen, segregate(seen, there.labels, settings, backend, reclassify)
+    return seen, segregate(seen, there.labels, settings, backend, witness)
 
 
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("rule", list(RULES))
 def test_segregation_says_what_it_says_on_the_cpu(rule, checked):
     there, moments = snapshots(3, rows=100)
-    reclassify = oracle(there) if checked else None
-    _, here = verdict_of(CPU, there, moments, Settings(rule=rule), reclassify)
-    _, fake = verdict_of(fake_gpu(), there, moments, Settings(rule=rule), reclassify)
+    _, here = verdict_of(CPU, there, moments, Settings(rule=rule), checked)
+    _, fake = verdict_of(fake_gpu(), there, moments, Settings(rule=rule), checked)
     assert here.suspect.any() or rule == "algorithm1"  # whose cap frees whole labels
     np.testing.assert_array_equal(here.suspect, fake.suspect)
     np.testing.assert_array_equal(here.score, fake.score)
@@ -161,9 +163,8 @@ def test_nothing_but_noise_is_no_fault_on_the_device():
 
     there, moments = snapshots(2, rows=30)
     for rule in RULES:
-        told = verdict_of(fake_gpu(AllNoise()), there, moments, Settings(rule=rule), oracle(there))[
-            1
-        ]
+        backend = fake_gpu(AllNoise())
+        _, told = verdict_of(backend, there, moments, Settings(rule=rule), True, commands=0.0)
         assert not told.suspect.any()
 
 
@@ -178,25 +179,37 @@ def assert_little_comes_down(driver, n: int, n_features: int, count: int) -> Non
 def test_of_each_row_and_snapshot_two_bytes_come_down_at_most(checked):
     there, moments = snapshots(10, rows=300)
     driver = FakeDriver()
-    reclassify = oracle(there) if checked else None
-    verdict_of(fake_gpu(driver), there, moments, Settings(), reclassify)
-    assert len(driver.spaces) == 10 * 10  # snapshots and scales
+    verdict_of(fake_gpu(driver), there, moments, Settings(), checked)
+    assert len(driver.spaces) == 5 * 10  # snapshots that count, and scales
     assert_little_comes_down(driver, *there.points.shape, len(moments))
 
 
-def test_a_byte_a_row_and_snapshot_and_one_number_a_row_are_all_that_grows():
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_byte_a_row_and_snapshot_and_one_number_a_row_are_all_that_grows(checked):
+    """Verification adds a bit a row for each snapshot's strays and each suspected label's rows away
+    from home, and an order of all rows for each probe.
+    """
     there, moments = snapshots(4, rows=1000)
     driver = FakeDriver()
-    verdict_of(fake_gpu(driver), there, moments, Settings(scales=(0.3, 0.6)))
+    verdict_of(fake_gpu(driver), there, moments, Settings(scales=(0.3, 0.6)), checked)
     n = len(there.labels)
-    assert [size for size in driver.traffic.sizes(down=True) if size >= n / 2] == [n] * 4 + [2 * n]
+    grows = [size for size in driver.traffic.sizes(down=True) if size >= n / 9]
+    assert grows == [n] * 4 + [2 * n] + ([n / 8] * 5 + [8 * n] * 2 if checked else [])
+
+
+def test_of_snapshots_that_do_not_count_nothing_comes_down():
+    there, moments = snapshots(4, rows=1000)
+    driver = FakeDriver()
+    verdict_of(fake_gpu(driver), there, moments, Settings(scales=(0.3, 0.6), latest=1))
+    n = len(there.labels)
+    assert [size for size in driver.traffic.sizes(down=True) if size >= n / 9] == [n, 2 * n]
 
 
 def test_features_that_come_down_would_be_noticed():
     there, moments = snapshots(10, rows=300)
     driver = FakeDriver()
     backend = fake_gpu(driver)
-    verdict_of(backend, there, moments, Settings(), oracle(there))
+    verdict_of(backend, there, moments, Settings(), True)
     assert_little_comes_down(driver, *there.points.shape, len(moments))
     backend.to_numpy(backend.xp.asarray(moments[0]))  # planted
     with pytest.raises(AssertionError):
@@ -278,7 +291,7 @@ def plan_of(**changes: Any) -> csc.Settings:
     return csc.Settings(
         train=Training(model="resnet8", epochs=8, min_steps=0, batch=32),
         watch=csc.Watch(epochs=4, keep=True),
-        segregate=Settings(rounds=1, check_epochs=2, persistence=2, min_rows=5, **changes),
+        segregate=Settings(check_epochs=2, persistence=2, min_rows=5, **changes),
         conceal=Concealment(epochs=2, batch=32, replay=3),
     )
 
@@ -299,8 +312,10 @@ def test_the_whole_defense_finds_what_it_finds_on_the_cpu(rule):
         assert torch.equal(one, two)
     kept = fake.snapshots["features"]
     assert isinstance(kept, np.ndarray) and kept.shape == (4, len(corpus), 128)
-    large = [size for size in driver.traffic.sizes(down=True) if size > 4 * len(corpus)]
-    assert large == [kept[0].nbytes] * 4  # the features that were to be kept, and no others
+    assert ("final" in fake.snapshots) == bool(fake.segregation.checks) == (rule == "two-stage")
+    large = [size for size in driver.traffic.sizes(down=True) if size > 8 * len(corpus)]
+    # the features that were to be kept, and no others
+    assert large == [kept[0].nbytes] * (4 + ("final" in fake.snapshots))
     assert {"csc train", "csc features", "csc cluster", "csc segregate", "csc conceal"} <= set(
         driver.marks
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_no_stage_and_no_defense_knows_the_answer_key(file):
         return assert_declares_key(file)
     text = (PACKAGE / file).read_text(encoding="utf-8")
     assert "AnswerKey" not in text
-    assert 'is_poison"' not in text and "key.npz" not in text
+    assert not re.search(r"\bis_poison\b", text) and "key.npz" not in text
 
 
 def assert_declares_key(file: str) -> None:

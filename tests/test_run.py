@@ -14,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from csc_gpu import segregate
+from csc_gpu.backend import open_backend
 from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError
 from csc_gpu.models import new_model
 from csc_gpu.run import (
@@ -34,8 +36,10 @@ from csc_gpu.run import (
     write_json,
     write_text,
 )
-from csc_gpu.types import Corpus, Reclassified, Segregation
+from csc_gpu.types import Corpus, Reclassified, Segregation, Transfer
+from tests.worlds import oracle, world
 
+CPU = open_backend("cpu", 1)
 KIND = Kind("train", frozenset({"old.txt", "a", "new", "a.csv", "b.json"}))
 
 
@@ -46,7 +50,7 @@ def corpus(n: int = 6, classes: tuple[str, ...] = ("cat", "dog", "emu")) -> Corp
 
 
 def verdict(n: int = 6) -> Segregation:
-    """Rows 1 and 4 are suspect; one check left them out."""
+    """Rows 1 and 4 are suspect; one check left them out, and their pattern was tried."""
     suspect = np.isin(np.arange(n), [1, 4])
     score = np.where(suspect, 0.75, 0.125).astype(np.float32)
     table = {name: np.arange(n) for name in COLUMNS}
@@ -54,7 +58,16 @@ def verdict(n: int = 6) -> Segregation:
     table["reason"] = np.array(["none"] * n)
     controls = np.arange(n) == 0
     check = Reclassified(suspect, controls, np.arange(n) % 3)
-    return Segregation(suspect, score, table, {}, (check,))
+    tried = Transfer(1, suspect, ~suspect, 0.875)
+    return Segregation(suspect, score, table, {}, (check,), (tried,))
+
+
+def taken(*epochs: float, final: bool = True) -> dict[str, Any]:
+    """Snapshots of six rows at these epochs, as an Outcome has them."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(0, 1, (len(epochs) + 1, 6, 4)).astype(np.float32)
+    found = {"features": points[:-1], "epoch": np.array(epochs)}
+    return found | ({"final": points[-1]} if final else {})
 
 
 def old_run(out: Path) -> Path:
@@ -415,11 +428,12 @@ def test_a_summary_with_an_unknown_net_is_refused(tmp_path: Path):
 
 def test_snapshots_come_back_as_written(tmp_path: Path):
     there, told = corpus(), verdict()
-    points = np.random.default_rng(0).normal(0, 1, (2, 6, 4)).astype(np.float32)
+    snapshots = taken(1.0, 2.5)
     rule = {"rule": "two-stage", "scales": (0.1, 0.2), "pca": 16}
-    save_snapshots(tmp_path / "features.npz", points, np.array([1.0, 2.5]), there, told, rule)
+    save_snapshots(tmp_path / "features.npz", snapshots, there, told, rule)
     back = load_snapshots(tmp_path / "features.npz")
-    assert (back.features == points).all()
+    assert (back.features == snapshots["features"]).all()
+    assert (back.final == snapshots["final"]).all()
     assert back.features.dtype == np.float32
     assert back.epoch.tolist() == [1.0, 2.5]
     assert back.labels.tolist() == there.labels.tolist()
@@ -432,15 +446,28 @@ def test_snapshots_come_back_as_written(tmp_path: Path):
     assert check.candidates.tolist() == wanted.candidates.tolist()
     assert check.controls.tolist() == wanted.controls.tolist()
     assert check.predicted.tolist() == wanted.predicted.tolist()
+    (answer,), (said,) = back.transfers, told.transfers
+    assert (answer.label, answer.share) == (1, 0.875)
+    assert answer.group.tolist() == said.group.tolist()
+    assert answer.rest.tolist() == said.rest.tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["features.npz"]
 
 
-def test_without_checks_none_come_back(tmp_path: Path):
-    told = replace(verdict(), checks=())
-    points = np.ones((1, 6, 2), np.float32)
-    save_snapshots(tmp_path / "f.npz", points, np.array([1.0]), corpus(), told, {})
-    assert load_snapshots(tmp_path / "f.npz").checks == ()
-    assert replay(load_snapshots(tmp_path / "f.npz").checks) is None
+@pytest.mark.parametrize("final", [True, False])
+def test_a_witness_needs_no_checks_but_the_features_at_the_end(tmp_path: Path, final: bool):
+    told = replace(verdict(), checks=(), transfers=())
+    save_snapshots(tmp_path / "f.npz", taken(1.0, final=final), corpus(), told, {})
+    back = load_snapshots(tmp_path / "f.npz")
+    assert back.checks == back.transfers == ()
+    assert (back.final is not None) == final
+    assert (replay(back, CPU) is None) == (not final)  # no label may have been suspected
+
+
+def test_without_the_features_at_the_end_there_is_no_witness(tmp_path: Path):
+    save_snapshots(tmp_path / "f.npz", taken(1.0, final=False), corpus(), verdict(), {})
+    back = load_snapshots(tmp_path / "f.npz")
+    assert len(back.checks) == 1
+    assert replay(back, CPU) is None
 
 
 def saved(tmp_path: Path, **arrays: Any) -> Path:
@@ -594,17 +621,55 @@ def test_a_single_array_is_no_feature_file(tmp_path: Path):
 # ----------------------------------------------------------------------------------------- replay
 
 
-def test_the_same_candidates_get_what_verification_said_in_the_run():
-    checks = tuple(
-        Reclassified(np.arange(4) == row, np.zeros(4, bool), np.full(4, row)) for row in range(2)
-    )
-    again = replay(checks)
-    assert again is not None
-    assert again(np.arange(4) == 1) is checks[1]
-    assert again(np.arange(4) == 0) is checks[0]
+def a_run(tmp_path: Path, **changes: Any) -> tuple[Path, Segregation, segregate.Settings]:
+    """A feature file with all that a witness said of a world, and the verdict at the time."""
+    there, how = world(), segregate.Settings(**changes)
+    sighting = segregate.observe(there.points, there.labels, 1.0, how, CPU)
+    told = segregate.segregate([sighting], there.labels, how, CPU, oracle(there, wrong=0.05))
+    snapshots = {"features": there.points[None], "epoch": [1.0], "final": there.points}
+    n = len(there.labels)
+    rows = Corpus(there.labels, tuple("abcd"), np.arange(n), tuple(map(str, range(n))))
+    save_snapshots(tmp_path / "features.npz", snapshots, rows, told, {})
+    return tmp_path / "features.npz", told, how
 
 
-def test_other_candidates_are_refused_with_the_remedy():
-    checks = (Reclassified(np.zeros(4, bool), np.zeros(4, bool), np.zeros(4, np.int64)),)
-    with pytest.raises(CorpusError, match=r"--set segregate\.rule=persistence"):
-        replay(checks)(np.ones(4, bool))
+def judged_again(path: Path, how: segregate.Settings) -> Segregation:
+    """The verdict on a feature file, with what it says that was said."""
+    back = load_snapshots(path)
+    sighting = segregate.observe(back.features[0], back.labels, 1.0, how, CPU)
+    return segregate.segregate([sighting], back.labels, how, CPU, replay(back, CPU))
+
+
+def test_the_same_questions_get_the_answers_of_the_run_and_the_same_verdict(tmp_path: Path):
+    path, told, how = a_run(tmp_path)
+    again = judged_again(path, how)
+    assert told.suspect.any() and told.transfers and told.checks
+    assert again.suspect.tolist() == told.suspect.tolist()
+    assert again.score.tolist() == told.score.tolist()
+    assert again.notes == told.notes
+
+
+def test_other_settings_ask_other_questions_and_are_refused_with_the_remedy(tmp_path: Path):
+    path, _, how = a_run(tmp_path)
+    other = replace(how, persistence=1, coarsest=0.05)  # another core
+    with pytest.raises(CorpusError, match=r"--set segregate\.rule=persistence") as told:
+        judged_again(path, other)
+    assert "\n" not in str(told.value)
+    assert judged_again(path, replace(other, rule="persistence")).suspect.any()
+
+
+def test_a_record_answers_nothing_that_was_not_asked(tmp_path: Path):
+    told, nobody = verdict(), np.zeros(6, bool)
+    save_snapshots(tmp_path / "f.npz", taken(1.0), corpus(), told, {})
+    witness = replay(load_snapshots(tmp_path / "f.npz"), CPU)
+    assert witness is not None
+    assert witness.transfers(told.suspect, ~told.suspect, 1) == 0.875
+    assert witness.reclassify(told.suspect).predicted.tolist() == [0, 1, 2, 0, 1, 2]
+    for question in (
+        lambda: witness.transfers(told.suspect, ~told.suspect, 0),
+        lambda: witness.transfers(~told.suspect, told.suspect, 1),
+        lambda: witness.transfers(told.suspect, nobody, 1),
+        lambda: witness.reclassify(~told.suspect),
+    ):
+        with pytest.raises(CorpusError, match="other rows would be looked at"):
+            question()

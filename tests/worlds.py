@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,10 @@ class World:
     labels: NDArray[np.int64]  # (N,)
     poison: Mask  # (N,)
     truth: NDArray[np.int64]  # (N,) what a perfect model would predict
+
+    def take(self, rows: NDArray[Any]) -> World:
+        """The world of these rows, in this order."""
+        return World(self.points[rows], self.labels[rows], self.poison[rows], self.truth[rows])
 
 
 def world(seed: int = 0, *, classes: int = 4, rows: int = 100, poison: int = 40) -> World:
@@ -35,17 +41,48 @@ def world(seed: int = 0, *, classes: int = 4, rows: int = 100, poison: int = 40)
     return World(points[order], labels[order], stamped[order], truth[order])
 
 
-def oracle(there: World, *, wrong: float = 0.0, seed: int = 0):
-    """A re-classifier that knows the truth, but is wrong on a share of the rows it did not see."""
+@dataclass
+class Oracle:
+    """A witness (types.Witness) that knows the truth of a world."""
 
-    def reclassify(candidates: Mask) -> Reclassified:
-        rng = np.random.default_rng(seed)
+    there: World
+    wrong: float  # share of the rows it did not see on which the re-classifier errs
+    commands: float  # share of images that the pattern of poison less benign rows sends to a label
+    xp: ModuleType
+    seed: int
+    asked: list[tuple[Mask, Mask, int]] = field(default_factory=list)  # of transfers
+    left_out: list[Mask] = field(default_factory=list)  # of reclassify
+
+    def points(self) -> Any:
+        """Features of all rows, on the device of xp."""
+        return self.xp.asarray(self.there.points)
+
+    def transfers(self, group: Mask, rest: Mask, label: int) -> float:
+        """`commands` if the group is mostly poison and the rest mostly not; else 0."""
+        self.asked.append((group, rest, label))
+        poison = self.there.poison
+        return self.commands if poison[group].mean() > 0.5 > poison[rest].mean() else 0.0
+
+    def reclassify(self, candidates: Mask) -> Reclassified:
+        """The label of rows that were seen, else the truth, but for the share that is wrong."""
+        self.left_out.append(candidates)
+        labels, rng = self.there.labels, np.random.default_rng(self.seed)
         controls = ~candidates & (rng.random(len(candidates)) < 0.2)
-        predicted = there.truth.copy()
+        predicted = self.there.truth.copy()
         seen = ~candidates & ~controls
-        predicted[seen] = there.labels[seen]
-        lost = ~seen & (rng.random(len(candidates)) < wrong)
-        predicted[lost] = (there.labels[lost] + 1) % (there.labels.max() + 1)
+        predicted[seen] = labels[seen]
+        lost = ~seen & (rng.random(len(candidates)) < self.wrong)
+        predicted[lost] = (labels[lost] + 1) % (labels.max() + 1)
         return Reclassified(candidates, controls, predicted)
 
-    return reclassify
+
+def oracle(
+    there: World,
+    *,
+    wrong: float = 0.0,
+    commands: float = 1.0,
+    xp: ModuleType = np,
+    seed: int = 0,
+) -> Oracle:
+    """A witness of this world; see Oracle."""
+    return Oracle(there, wrong, commands, xp, seed)

@@ -192,8 +192,8 @@ def stamped(
 
     All-to-all has one trigger for all; several targets have one each, the settings' variants.
     """
-    stamp = ATTACKS[plan.attack].stamp
-    if len(targets) == 1 or plan.target == ALL_TO_ALL:
+    stamp, labels = ATTACKS[plan.attack].stamp, ATTACKS[plan.attack].labels
+    if len(targets) == 1 or plan.target == ALL_TO_ALL or labels == "none":
         return stamp(images, settings)
     out = images.copy()
     for number, target in enumerate(targets):

@@ -1,7 +1,7 @@
 """One snapshot seen at several scales: features scaled, projected, clustered, described.
 
-Rows are put into an order of their own before any arithmetic, so that the order in which they come
-changes nothing, not even a rounding.
+Before they are clustered rows are put into an order of their own, so that the order in which they
+come changes nothing, not even a rounding.
 """
 
 from __future__ import annotations
@@ -67,13 +67,16 @@ def observe(
 
 def strays(points: Array, labels: Array, xp: ModuleType) -> Array:
     """Rows (N, D) nearer, by angle, to another label's mean than to that of their own. (N,) bool"""
-    own = xp.arange(int(labels.max()) + 1)
-    means = xp.stack([_unit(points[labels == label], xp).mean(axis=0) for label in own])
-    means = _unit(xp.where(xp.isfinite(means), means, 0), xp)  # a label without rows has no mean
+    present = xp.unique(labels)
+    total = xp.zeros((len(present), points.shape[1]), points.dtype)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(points), BLOCK)]
+    for block in blocks:
+        is_of = (labels[block] == present[:, None]).astype(points.dtype)  # (C, B)
+        total += is_of @ _unit(points[block], xp)
+    means = _unit(total, xp)
     stray = xp.empty(len(points), bool)
-    for start in range(0, len(points), BLOCK):
-        block = slice(start, start + BLOCK)
-        stray[block] = (points[block] @ means.T).argmax(axis=1) != labels[block]
+    for block in blocks:
+        stray[block] = present[(points[block] @ means.T).argmax(axis=1)] != labels[block]
     return stray
 
 

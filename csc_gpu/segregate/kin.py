@@ -2,7 +2,7 @@
 
 A label's core is some of its poison, the rest of the label is unlabelled: learning from positive
 and unlabelled rows (Elkan and Noto, KDD 2008). A logistic probe parts the core from all else; a row
-counts as poison if its probability, divided by the mean one of the core, is above a half. Every
+counts as poison if its probability, divided by what certain poison gets, is above a half. Every
 probability comes from a probe that was fitted without that row, so that a wrong row in the core
 does not vouch for itself. Repeated until nothing changes.
 """
@@ -140,7 +140,8 @@ def unseen(z: torch.Tensor, positive: Mask) -> NDArray[np.float64]:
 def logistic(z: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Weights (D,) of a logistic regression of `wanted` (N,) 0 or 1 on z (N, D), by Newton.
 
-    The last column is the constant; it is not held small. A step that does not help is halved.
+    The last column is the constant; it is not held small. A step that does not help is halved, and
+    if no part of it helps the weights stay.
     """
     held = torch.ones(z.shape[1], dtype=z.dtype, device=z.device)
     held[-1] = SMALL
@@ -162,6 +163,8 @@ def logistic(z: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
             if now <= best:
                 break
             step = step / 2
+        else:
+            break
         weights, best = weights - step, now
         if step.abs().max() < SMALL:
             break

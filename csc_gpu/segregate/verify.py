@@ -114,6 +114,7 @@ def verify(
         triggers = [court.trigger(label, group, limits[label]) for group in tried]
         if label in live or any(triggers):
             cases.append(opened(court, label, tried, triggers))
+            cases[-1].told["limit"] = round(limits[label], 3)
     notes["suspected_labels"] = [case.label for case in cases]
     if not cases:
         notes |= {"cleared_labels": [], "labels": []}

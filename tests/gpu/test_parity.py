@@ -80,7 +80,8 @@ def test_the_suspects_are_the_same(gpu, rule, seed):
     for backend in (CPU, gpu):
         points = backend.xp.asarray(there.points)
         seen = observe(points, there.labels, 1.0, settings, backend)
-        told[backend.name] = segregate([seen], there.labels, settings, backend, oracle(there))
+        witness = oracle(there, xp=backend.xp)
+        told[backend.name] = segregate([seen], there.labels, settings, backend, witness)
     np.testing.assert_array_equal(told["cpu"].suspect, told["gpu"].suspect)
     assert told["cpu"].table.keys() == told["gpu"].table.keys()
 

@@ -1,0 +1,263 @@
+"""Stage 2: the trigger tells labels and groups, the check single rows, and nobody is asked idly."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from csc_gpu.backend import open_backend
+from csc_gpu.segregate import Settings, observe, segregate
+from csc_gpu.segregate.kin import halves
+from csc_gpu.segregate.verify import Case, judge, suspected_labels, verify, wrong_on
+from csc_gpu.types import Reclassified
+from tests.worlds import Oracle, oracle, world
+
+CPU = open_backend("cpu", 1)
+LABELS = np.zeros(400, np.int64)
+ROW = np.arange(400)
+POISON, REST, CONTROLS = ROW < 100, (ROW >= 100) & (ROW < 200), ROW >= 300
+
+
+def told_of(there, witness, **changes):
+    settings = Settings(**changes)
+    sighting = observe(there.points, there.labels, 1.0, settings, CPU)
+    return segregate([sighting], there.labels, settings, CPU, witness)
+
+
+def held(differs, *, candidates=POISON, commanded=False):
+    """What is held of the first hundred rows if the check differs on these rows."""
+    predicted = np.where(differs, LABELS + 1, LABELS)
+    case = Case(0, POISON, candidates, commanded, {})
+    return judge(case, LABELS, Reclassified(candidates, CONTROLS, predicted), Settings())
+
+
+# ------------------------------------------------------------------------------------------- judge
+
+
+def test_rows_the_model_trained_on_are_not_added_because_it_errs_now_and_then():
+    differs = POISON | (ROW % 10 == 0)  # all of the poison, a tenth of everything else
+    np.testing.assert_array_equal(held(differs), POISON)
+
+
+def test_a_reliable_model_adds_candidates_that_differ_and_frees_rows_that_do_not():
+    differs = (ROW < 90) | ((ROW >= 100) & (ROW < 150))
+    np.testing.assert_array_equal(held(differs, candidates=POISON | REST), differs)
+
+
+def test_rows_that_command_the_label_stay_where_a_reliable_model_would_free_them():
+    differs = (ROW < 90) | ((ROW >= 100) & (ROW < 150))
+    found = held(differs, candidates=POISON | REST, commanded=True)
+    np.testing.assert_array_equal(found, POISON | differs)
+
+
+@pytest.mark.parametrize("commanded", [False, True])
+def test_a_model_wrong_on_every_third_control_leaves_the_rows_as_they_stand(commanded):
+    differs = (ROW < 98) | REST | (CONTROLS & (ROW % 3 == 0))
+    found = held(differs, candidates=POISON | REST, commanded=commanded)
+    np.testing.assert_array_equal(found, POISON)
+
+
+def test_an_unsure_model_that_mostly_confirms_a_false_label_leaves_the_rows_as_they_stand():
+    differs = (ROW < 96) | (CONTROLS & (ROW % 6 != 0))  # wrong on five of six controls
+    np.testing.assert_array_equal(held(differs), POISON)
+
+
+def test_a_label_that_keeps_its_rows_is_cleared_unless_a_pattern_commands_it():
+    differs = ROW < 20
+    assert held(differs) is None
+    np.testing.assert_array_equal(held(differs, commanded=True), POISON)
+    np.testing.assert_array_equal(held(np.zeros(400, bool), commanded=True), POISON)
+
+
+def test_controls_of_the_label_count_where_it_is_harder_than_the_others():
+    labels = np.where(ROW < 350, 0, 1)  # half of the controls are of another label
+    differs = (ROW < 65) | (CONTROLS & (labels == 0) & (ROW % 5 < 2))
+    check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
+    case = Case(0, POISON, POISON, False, {})
+    assert judge(case, labels, check, Settings()) is None  # .65 differ, of unseen benign rows .4
+    assert judge(case, labels, check, Settings(min_rows=99)) is not None  # too few to be asked
+    assert case.told["wrong_on_controls"] == pytest.approx(21 / 102, abs=1e-3)
+
+
+def test_a_share_of_few_rows_is_pulled_to_one_half():
+    nobody = np.zeros(4, bool)
+    assert wrong_on(nobody, nobody) == 0.5
+    assert wrong_on(~nobody, nobody) == pytest.approx(1 / 6)
+
+
+def test_a_label_with_a_tenth_of_the_core_and_rows_enough_is_suspected():
+    labels = np.repeat([0, 1, 2, 3], [60, 30, 9, 7])
+    core = np.ones(len(labels), bool)
+    assert suspected_labels(labels, core, Settings()) == [0, 1]  # a tenth is 10.6 rows
+    assert suspected_labels(labels, core, Settings(label_share=0.01)) == [0, 1, 2]
+    assert suspected_labels(labels, ~core, Settings()) == []
+
+
+# ----------------------------------------------------------------------------------- all together
+
+
+def test_a_commanded_label_is_not_cleared_by_a_check_that_confirms_it():
+    """Clean-label poison: the labels are true, so that the check cannot differ."""
+    there = world()
+    there.truth[:] = there.labels
+    told = told_of(there, oracle(there, commands=1.0))
+    assert told.notes["cleared_labels"] == []
+    np.testing.assert_array_equal(told.suspect, there.poison)
+
+
+def test_an_uncommanded_label_that_keeps_its_label_is_cleared():
+    there = world()
+    there.truth[:] = there.labels
+    told = told_of(there, oracle(there, commands=0.4))
+    assert told.notes["cleared_labels"] == told.notes["suspected_labels"] == [0]
+    assert not told.suspect.any()
+
+
+@pytest.mark.parametrize("commands", [0.0, 1.0])
+def test_poison_with_a_false_label_is_found_with_and_without_a_trigger(commands):
+    there = world()
+    told = told_of(there, oracle(there, commands=commands))
+    np.testing.assert_array_equal(told.suspect, there.poison)
+
+
+def mostly_poison():
+    """A world in which the poison is at home with label 0, and its benign rows are the island."""
+    there = world(poison=60)
+    benign = np.flatnonzero((there.labels == 0) & ~there.poison)
+    return there.take(np.setdiff1d(np.arange(len(there.labels)), benign[:60]))
+
+
+def test_home_is_the_poison_where_its_pattern_works_and_the_islands_does_not():
+    there = mostly_poison()
+    told = told_of(there, oracle(there))
+    (label,) = told.notes["labels"]
+    assert label["chosen"] == "core"
+    assert label["rows"] > label["checked"][1] > 0  # the island is the smaller group
+    np.testing.assert_array_equal(told.suspect, there.poison)
+
+
+@dataclass
+class BothWays(Oracle):
+    """Label 0's groups work against one another either way; alone, island and home as told."""
+
+    alone: tuple[float, float] = (0.0, 0.0)
+
+    def transfers(self, group, rest, label):
+        if label != 0:
+            return 0.0
+        against_others = bool((self.there.labels[rest] != label).all())
+        is_island = self.there.poison[group].mean() > 0.5
+        return self.alone[0 if is_island else 1] if against_others else 1.0
+
+
+@pytest.mark.parametrize("alone", [(1.0, 0.3), (0.9, 0.9), (0.3, 1.0)])
+def test_of_two_groups_whose_patterns_work_the_one_that_works_better_alone_is_poison(alone):
+    there = world()
+    there.truth[:] = there.labels  # the check helps neither
+    told = told_of(there, BothWays(there, 0.0, 1.0, np, 0, alone=alone))
+    assert told.notes["cleared_labels"] == []
+    swapped = alone[1] > alone[0]
+    # all rows of a label at home are more than may be flagged: those are capped
+    assert told.suspect[there.poison].mean() == (0.0 if swapped else 1.0)
+    assert told.suspect[(there.labels == 0) & ~there.poison].any() == swapped
+
+
+def test_the_check_learns_from_no_candidate_and_from_other_labels():
+    there = world()
+    witness = oracle(there)
+    told_of(there, witness)
+    (left_out,) = witness.left_out
+    assert left_out[there.poison].all()
+    assert not left_out[there.labels != 0].any()
+
+
+def test_every_answer_is_written_down_with_its_question():
+    there = world()
+    witness = oracle(there)
+    told = told_of(there, witness)
+    assert {answer.label: 1 for answer in told.transfers}.keys() == {0, 1, 2, 3}
+    for answer, (group, rest, label) in zip(told.transfers, witness.asked, strict=True):
+        assert answer.group is group and answer.rest is rest and answer.label == label
+    works = [answer for answer in told.transfers if answer.share == 1.0]
+    assert works and all(there.poison[answer.group].mean() > 0.5 for answer in works)
+    assert len(told.checks) == 1
+
+
+class Silent:
+    """A witness that nobody may ask."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"asked for {name}")
+
+
+def test_nothing_is_trained_where_no_label_is_suspected():
+    there = world(poison=0)
+    witness = oracle(there)
+    told = told_of(there, witness)
+    assert told.notes["suspected_labels"] == []
+    assert not told.suspect.any()
+    assert told.checks == () and witness.left_out == []
+    assert len(told.transfers) == len(witness.asked)
+
+
+def without_a_core(there, witness):
+    """The verdict where stage 1 found nobody."""
+    settings, nobody = Settings(), np.zeros(len(there.labels), bool)
+    sighting = observe(there.points, there.labels, 1.0, settings, CPU)
+    share = nobody.astype(np.float32)
+    return verify(nobody, share, [sighting], there.labels, settings, CPU, witness)
+
+
+def test_a_label_is_suspected_without_a_core_if_a_half_of_it_commands_it():
+    there = world()
+    told = without_a_core(there, oracle(there))
+    assert told.notes["suspected_labels"] == [0]
+    np.testing.assert_array_equal(told.suspect, there.poison)
+    witness = oracle(there, commands=0.4)
+    assert not without_a_core(there, witness).suspect.any()
+    assert witness.left_out == []
+
+
+def test_a_pattern_that_is_usual_among_the_labels_is_no_trigger():
+    """Half of the images follow the pattern of any two halves: that is no backdoor."""
+
+    class Fickle(Oracle):
+        def transfers(self, group, rest, label):
+            return max(0.6 if label else 0.0, super().transfers(group, rest, label))
+
+    there = world()
+    for commands, suspected in ((0.8, [0]), (0.7, [])):
+        told = without_a_core(there, Fickle(there, 0.0, commands, np, 0))
+        assert told.notes["suspected_labels"] == suspected
+        assert [case["limit"] for case in told.notes["labels"]] == [0.8] * len(suspected)
+
+
+def test_the_halves_of_a_label_are_its_two_blobs_whatever_the_order_of_the_rows():
+    there = world()
+    ours = there.labels == 0
+    smaller, larger = halves(there.points, ours, CPU)
+    np.testing.assert_array_equal(smaller, there.poison)
+    np.testing.assert_array_equal(larger, ours & ~there.poison)
+    order = np.random.default_rng(0).permutation(len(ours))
+    again, _ = halves(there.points[order], ours[order], CPU)
+    np.testing.assert_array_equal(again, smaller[order])
+
+
+@pytest.mark.parametrize("rule", ["persistence", "text", "algorithm1", "per_label"])
+def test_no_other_rule_asks_a_witness(rule):
+    assert told_of(world(), Silent(), rule=rule).checks == ()
+
+
+def test_where_candidates_are_too_many_the_poison_alone_is_left_out(monkeypatch):
+    there = world()
+    witness = oracle(there)
+    told_of(there, witness)
+    module = sys.modules["csc_gpu.segregate.verify"]  # the package's own verify is the function
+    monkeypatch.setattr(module, "MOST_LEFT_OUT", 0.09)  # 40 of 440 rows are poison
+    told_of(there, witness)
+    many, few = witness.left_out
+    assert few.sum() < many.sum()
+    np.testing.assert_array_equal(few, there.poison)
