@@ -176,7 +176,7 @@ def conclude(
         with clock("recover"):
             recovered = recover.recover(
                 corpus,
-                suspect,
+                recover.left_out(verdict, corpus.labels, settings.recover),
                 witness.without,
                 untrained,
                 settings.train,

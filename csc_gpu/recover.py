@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from csc_gpu import train
 from csc_gpu.backend import Backend
 from csc_gpu.config import require
 from csc_gpu.models import Net
-from csc_gpu.types import Corpus, Log, Mask, quiet
+from csc_gpu.types import Corpus, Log, Mask, Segregation, quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,21 @@ class Settings:
     on: bool = False
     """Also give a net trained without the suspects (the option --recover)."""
     source: str = "check"
-    """check: the net of the verification, if it saw no suspect; scratch: always train a new one."""
+    """check: the net of the verification, if it saw none of them; scratch: always a new one."""
+    doubt: float = 0.02
+    """Rows of a suspect's label with a poison_score from here on are left out, too: poison that was
+    missed keeps the attack alive, and a clean row costs little."""
 
     def __post_init__(self) -> None:
+        require(self, "recover", "in [0, 1]", lambda score: 0 <= score <= 1, "doubt")
         require(self, "recover", "check or scratch", ("check", "scratch").__contains__, "source")
+
+
+def left_out(verdict: Segregation, labels: NDArray[np.int64], settings: Settings) -> Mask:
+    """The suspects, and the doubtful rows of their labels. (N,)"""
+    concerned = np.isin(labels, labels[verdict.suspect])
+    doubtful: Mask = verdict.suspect | (concerned & (verdict.score >= settings.doubt))
+    return doubtful
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class Recovered:
 
 def recover(
     corpus: Corpus,
-    suspect: Mask,
+    unwanted: Mask,
     without: Callable[[Mask], Net | None],
     untrained: Callable[[int], Net],
     training: train.Settings,
@@ -57,11 +69,11 @@ def recover(
 
     untrained makes a fresh net from a seed.
     """
-    known = without(suspect) if settings.source == "check" else None
+    known = without(unwanted) if settings.source == "check" else None
     if known is not None:
         return Recovered(known, "check")
     model = untrained(seed + 2)
-    rows = np.flatnonzero(~suspect)
+    rows = np.flatnonzero(~unwanted)
     for at in train.train(model, corpus, training, backend, seed=seed + 2, rows=rows):
         log("step", stage="recover", at=at)
     return Recovered(model, "scratch")

@@ -29,7 +29,9 @@ COST = 1.0
 NEWTON_STEPS = 25
 HALVINGS = 12
 REACHED = 0.9
-"""Quantile of the chances of uncertain rows that speaks for the poison among them."""
+"""Quantile of the chances in a mixed group that speaks for the poison in it."""
+KNOWN = 0.3
+"""A core whose rows get less than this from the probe, on average, is not known again."""
 SMALL = 1e-6
 """A Newton step that moves no weight further than this is the last."""
 
@@ -43,46 +45,74 @@ class Kin:
 
 
 def kin(
-    points: Array,
-    labels: NDArray[np.int64],
-    label: int,
-    core: Mask,
-    firm: Mask,
-    backend: Backend,
+    points: Array, labels: NDArray[np.int64], label: int, core: Mask, firm: Mask, backend: Backend
 ) -> Kin:
     """The rows of a label that belong to its core (N,), by their features (N, D).
 
-    Rows that are firm (N,) stay in whatever the probe says; others of the core it may drop.
+    Rows that are firm (N,) stay in whatever the probe says; others of the core it may drop. A core
+    that the probe does not know again is none: it has no kin.
     """
     ours = labels == label
-    asked = _asked(points, labels, ours, backend)  # rows of the corpus, in an order of their own
-    z = backend.tensor(points[backend.xp.asarray(asked)]).double()
-    z = z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
-    mine, found, stay = ours[asked], core[asked], firm[asked]
-    chance = np.zeros(len(asked))
+    probe = Probe(points, labels, ours, backend)
+    found = core
     for _ in range(ROUNDS):
-        if found.sum() < FOLDS:
-            break
-        chance = unseen(z, found)
-        named = stay | (mine & (chance > 0.5 * _labelled(chance, found, stay)))
+        named = firm | (ours & probe.like(found))
         if (named == found).all():
             break
         found = named
-    rows, belief = np.zeros(len(labels), bool), np.zeros(len(labels), np.float32)
-    rows[asked[found]] = True
-    belief[asked[mine]] = chance[mine]
-    return Kin(rows, belief)
+    return Kin(found, probe.chance(found))
 
 
-def _labelled(chance: NDArray[np.float64], found: Mask, stay: Mask) -> float:
-    """What the probe gives to poison: the mean over rows that are certain.
+def coherent(
+    points: Array, labels: NDArray[np.int64], label: int, group: Mask, backend: Backend
+) -> Mask:
+    """The rows of a mixed group (N,) of a label that the probe knows again as its own. (N,)
 
-    Where none are, a good part of the rows found may be benign: what the best of them reach.
+    What it parts from the rest of the label is what most of the group has in common; nothing is
+    added.
     """
-    if stay.any():
-        return float(chance[stay].mean())
-    return float(np.quantile(chance[found], REACHED))
+    probe = Probe(points, labels, labels == label, backend)
+    found = group
+    for _ in range(ROUNDS):
+        named = group & probe.like(found, REACHED)
+        if (named == found).all():
+            break
+        found = named
+    return found
+
+
+class Probe:
+    """Asked which rows are like some, it answers for each from a fit that did not see the row.
+
+    It sees all rows of the label and an even share of the others, in an order of their own.
+    """
+
+    def __init__(
+        self, points: Array, labels: NDArray[np.int64], ours: Mask, backend: Backend
+    ) -> None:
+        self._asked = _asked(points, labels, ours, backend)  # rows of the corpus
+        self._n, self._ours = len(labels), ours
+        z = backend.tensor(points[backend.xp.asarray(self._asked)]).double()
+        z = z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self._z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+
+    def chance(self, positive: Mask) -> NDArray[np.float32]:
+        """How likely each row of the label is one of these (N,); 0 for other rows. (N,) 0..1"""
+        found = np.zeros(self._n, np.float32)
+        if positive.sum() >= FOLDS:
+            found[self._asked] = unseen(self._z, positive[self._asked])
+        return np.where(self._ours, found, np.float32(0))
+
+    def like(self, positive: Mask, quantile: float | None = None) -> Mask:
+        """Rows with at least half the chance that the positive ones have, on average. (N,)
+
+        Or at a quantile, where a good part of them may be wrong. They alone, if they are not known
+        again.
+        """
+        chance = self.chance(positive)
+        known = chance[positive] if positive.any() else np.zeros(1, np.float32)
+        usual = float(known.mean() if quantile is None else np.quantile(known, quantile))
+        return chance > 0.5 * usual if usual >= KNOWN else positive
 
 
 def halves(points: Array, ours: Mask, backend: Backend) -> tuple[Mask, Mask]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
 from csc_gpu.segregate.clusters import home_of
-from csc_gpu.segregate.kin import Kin, halves, kin
+from csc_gpu.segregate.kin import Kin, coherent, halves, kin
 from csc_gpu.segregate.settings import Settings
 from csc_gpu.types import Array, Mask, Reclassified, Sighting, Transfer, Witness
 
@@ -187,6 +187,10 @@ class Court:
         """The rows of the label that belong to this core; firm rows stay."""
         return kin(self._points, self.labels, label, core, firm, self._backend)
 
+    def coherent(self, label: int, group: Mask) -> Mask:
+        """The rows of a mixed group that have the same in common; nothing is added."""
+        return coherent(self._points, self.labels, label, group, self._backend)
+
     def core(self, label: int, core: Mask, settings: Settings) -> Group:
         """A label's core against its home, whichever way its pattern commands more."""
         ours = self.labels == label
@@ -241,16 +245,19 @@ class Court:
 
 
 def opened(court: Court, label: int, tried: list[Group], triggers: list[Group | None]) -> Case:
-    """Hold the first group that a trigger explains for the poison, and grow it by its kin.
+    """Hold the group that a trigger explains best for the poison, and grow it by its kin.
 
-    Where there is none, the core awaits the check.
+    A core goes before mixed groups. Where no trigger was found, it awaits the check as it is.
     """
-    explained = next((group for group in triggers if group is not None), None)
+    known = [group for group in triggers if group is not None]
+    cores = [group for group in known if group.kind == "core"]
+    explained = max(cores or known, key=lambda group: group.commands, default=None)
     chosen, ours = explained or tried[0], court.labels == label
     poison, candidates = chosen.rows, ours & ~chosen.rest
     if explained:
-        firm = poison if chosen.kind == "core" else np.zeros(len(poison), bool)
-        poison = court.kin(label, poison, firm).rows
+        if chosen.kind != "core":
+            poison = court.coherent(label, poison)
+        poison = court.kin(label, poison, poison).rows
     elif candidates.sum() > MOST_OF_LABEL * ours.sum():
         candidates = poison
     told = {
