@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from csc_gpu.backend import open_backend
-from csc_gpu.segregate.kin import kin, logistic, unseen
+from csc_gpu.segregate.kin import coherent, kin, logistic, unseen
 from tests.worlds import world
 
 CPU = open_backend("cpu", 1)
@@ -20,9 +20,12 @@ def rows_of(there, number, *, of=None):
     return np.isin(np.arange(len(there.labels)), rows)
 
 
-def asked(there, core, firm=None):
-    firm = np.zeros(len(there.labels), bool) if firm is None else firm
-    return kin(there.points, there.labels, 0, core, firm, CPU)
+def grown(there, core, most=0.75):
+    return kin(there.points, there.labels, 0, core, most, CPU)
+
+
+def cleaned(there, group):
+    return coherent(there.points, there.labels, 0, group, CPU)
 
 
 def with_constant(points):
@@ -64,36 +67,54 @@ def test_half_of_a_blob_grows_to_all_of_it_and_takes_no_benign_row():
     there = world()
     core = rows_of(there, 20)
     assert core.sum() == 20 < there.poison.sum()
-    found = asked(there, core)
-    np.testing.assert_array_equal(found.rows, there.poison)
-    assert found.belief.dtype == np.float32
-    assert found.belief[there.poison].min() > 0.5 > found.belief[~there.poison].max()
-    assert (found.belief[there.labels != 0] == 0).all()  # nobody asked about them
+    np.testing.assert_array_equal(grown(there, core), there.poison)
 
 
-def test_wrong_rows_of_a_core_are_dropped_unless_they_are_firm():
+def test_a_core_whose_kin_would_be_most_of_its_label_stays_as_it_is():
     there = world()
-    wrong = rows_of(there, 4, of=(there.labels == 0) & ~there.poison)
-    core = rows_of(there, 30) | wrong
-    np.testing.assert_array_equal(asked(there, core).rows, there.poison)
-    np.testing.assert_array_equal(asked(there, core, firm=core).rows, there.poison | wrong)
+    core = rows_of(there, 20)
+    ours = (there.labels == 0).sum()
+    np.testing.assert_array_equal(grown(there, core, most=39 / ours), core)
+    np.testing.assert_array_equal(grown(there, core, most=40 / ours), there.poison)
+
+
+def test_rows_of_a_mixed_group_that_are_not_like_most_of_it_are_dropped():
+    there = world()
+    benign = rows_of(there, 12, of=(there.labels == 0) & ~there.poison)
+    group = rows_of(there, 30) | benign
+    known = cleaned(there, group)
+    np.testing.assert_array_equal(known.rows, group & there.poison)  # and nothing is added
+    assert known.belief.dtype == np.float32
+    assert known.belief[there.poison].min() > known.belief[~there.poison].max()
+    assert (known.belief[there.labels != 0] == 0).all()  # nobody asked about them
 
 
 def test_a_core_of_too_few_rows_stays_as_it_is():
     there = world()
     core = rows_of(there, 4)
-    np.testing.assert_array_equal(asked(there, core).rows, core)
+    np.testing.assert_array_equal(grown(there, core), core)
+    np.testing.assert_array_equal(cleaned(there, core).rows, core)
     nobody = np.zeros_like(core)
-    assert not asked(there, nobody).rows.any()
+    assert not grown(there, nobody).any()
+    assert not cleaned(there, nobody).rows.any()
+
+
+def test_rows_that_have_nothing_in_common_have_no_kin():
+    """Every tenth benign row: the probe does not know them again."""
+    there = world(poison=0)
+    core = rows_of(there, 100, of=there.labels == 0) & (np.arange(len(there.labels)) % 10 == 0)
+    assert core.any()
+    np.testing.assert_array_equal(grown(there, core), core)
 
 
 def test_the_order_of_the_rows_decides_nothing():
     there = world(seed=2)
     core = rows_of(there, 15) | rows_of(there, 3, of=(there.labels == 0) & ~there.poison)
     order = np.random.default_rng(1).permutation(len(core))
-    one, two = asked(there, core), asked(there.take(order), core[order])
+    one, two = cleaned(there, core), cleaned(there.take(order), core[order])
     np.testing.assert_array_equal(one.rows[order], two.rows)
     np.testing.assert_array_equal(one.belief[order], two.belief)
+    np.testing.assert_array_equal(grown(there, core)[order], grown(there.take(order), core[order]))
 
 
 def test_of_many_other_rows_an_even_share_is_seen(monkeypatch):
@@ -104,5 +125,5 @@ def test_of_many_other_rows_an_even_share_is_seen(monkeypatch):
     monkeypatch.setattr(
         "csc_gpu.segregate.kin.unseen", lambda z, found: (seen.append(len(z)), real(z, found))[1]
     )
-    np.testing.assert_array_equal(asked(there, core).rows, there.poison)
+    np.testing.assert_array_equal(grown(there, core), there.poison)
     assert set(seen) == {int((there.labels == 0).sum()) + 30}

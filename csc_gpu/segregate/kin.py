@@ -38,35 +38,35 @@ SMALL = 1e-6
 
 @dataclass(frozen=True)
 class Kin:
-    """The rows that the probe calls poison, and how sure it is."""
+    """The rows that the probe calls poison, and how likely it finds each row of the label."""
 
     rows: Mask  # (N,)
     belief: NDArray[np.float32]  # (N,) 0..1, the probe's chance; 0 for rows of other labels
 
 
 def kin(
-    points: Array, labels: NDArray[np.int64], label: int, core: Mask, firm: Mask, backend: Backend
-) -> Kin:
-    """The rows of a label that belong to its core (N,), by their features (N, D).
+    points: Array, labels: NDArray[np.int64], label: int, core: Mask, most: float, backend: Backend
+) -> Mask:
+    """The core (N,) of a label and the rows of the label like it, by their features (N, D). (N,)
 
-    Rows that are firm (N,) stay in whatever the probe says; others of the core it may drop. A core
-    that the probe does not know again is none: it has no kin.
+    A core that the probe does not know again has no kin, nor one that would take more than `most`
+    of its label: then it is like all of it.
     """
     ours = labels == label
     probe = Probe(points, labels, ours, backend)
     found = core
     for _ in range(ROUNDS):
-        named = firm | (ours & probe.like(found))
+        named = core | (ours & probe.like(found))
         if (named == found).all():
             break
         found = named
-    return Kin(found, probe.chance(found))
+    return found if found.sum() <= most * ours.sum() else core
 
 
 def coherent(
     points: Array, labels: NDArray[np.int64], label: int, group: Mask, backend: Backend
-) -> Mask:
-    """The rows of a mixed group (N,) of a label that the probe knows again as its own. (N,)
+) -> Kin:
+    """The rows of a mixed group (N,) of a label that the probe knows again as its own.
 
     What it parts from the rest of the label is what most of the group has in common; nothing is
     added.
@@ -78,7 +78,7 @@ def coherent(
         if (named == found).all():
             break
         found = named
-    return found
+    return Kin(found, probe.chance(found))
 
 
 class Probe:

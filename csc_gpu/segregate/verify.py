@@ -105,12 +105,12 @@ def verify(
     notes: dict[str, Any] = {"suspected_labels": live, "verified": witness is not None}
     if witness is None:
         return Verdict(core, share, notes | {"cleared_labels": [], "labels": []})
-    court = Court(labels, sightings, witness.points(), witness, backend)
-    groups, limits = searched(court, settings)
+    court = Court(labels, sightings, witness.points(), witness, settings, backend)
+    groups, limits = searched(court)
     cases = []
     for label, tried in groups.items():
         if label in live:
-            tried.insert(0, court.core(label, core, settings))
+            tried.insert(0, court.core(label, core))
         triggers = [court.trigger(label, group, limits[label]) for group in tried]
         if label in live or any(triggers):
             cases.append(opened(court, label, tried, triggers))
@@ -129,21 +129,22 @@ def verify(
         if held is None:
             cleared.append(case.label)
             continue
-        rows = court.kin(case.label, held, case.firm)
-        case.told["flagged"] = int(rows.rows.sum())
-        suspect = suspect | rows.rows
-        belief = np.where(labels == case.label, rows.belief, belief).astype(np.float32)
+        known = court.coherent(case.label, held)
+        rows = known.rows | case.firm
+        case.told["flagged"] = int(rows.sum())
+        suspect = suspect | rows
+        belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
     notes |= {"cleared_labels": cleared, "labels": [case.told for case in cases]}
     return Verdict(suspect, belief, notes, (check,), tuple(court.answers))
 
 
-def searched(court: Court, settings: Settings) -> tuple[dict[int, list[Group]], dict[int, float]]:
+def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
     """What strays and halves of each label command, and from where a pattern is a trigger for it.
 
     Most labels are not attacked: the limit lies well above what three quarters of the others reach.
     """
     found = {
-        label: [*court.strays(label, settings), *court.halves(label, settings)]
+        label: [*court.strays(label), *court.halves(label)]
         for label in np.unique(court.labels).tolist()
     }
     best = {
@@ -165,12 +166,13 @@ class Court:
         sightings: Sequence[Sighting],
         points: Array,
         witness: Witness,
+        settings: Settings,
         backend: Backend,
     ) -> None:
         self.labels = labels  # (N,)
         self.answers: list[Transfer] = []
         self._sightings, self._points = sightings, points
-        self._witness, self._backend = witness, backend
+        self._witness, self._settings, self._backend = witness, settings, backend
         self._strays = [
             _unpacked(backend.xp.packbits(seen.stray), len(labels), backend) for seen in sightings
         ]
@@ -183,31 +185,32 @@ class Court:
         self.answers.append(Transfer(label, group, rest, share))
         return share
 
-    def kin(self, label: int, core: Mask, firm: Mask) -> Kin:
-        """The rows of the label that belong to this core; firm rows stay."""
-        return kin(self._points, self.labels, label, core, firm, self._backend)
+    def kin(self, label: int, core: Mask) -> Mask:
+        """The core and the rows of the label that are like it."""
+        most = self._settings.max_label_share
+        return kin(self._points, self.labels, label, core, most, self._backend)
 
-    def coherent(self, label: int, group: Mask) -> Mask:
+    def coherent(self, label: int, group: Mask) -> Kin:
         """The rows of a mixed group that have the same in common; nothing is added."""
         return coherent(self._points, self.labels, label, group, self._backend)
 
-    def core(self, label: int, core: Mask, settings: Settings) -> Group:
+    def core(self, label: int, core: Mask) -> Group:
         """A label's core against its home, whichever way its pattern commands more."""
         ours = self.labels == label
         outside = candidates(self._sightings[-1], self.labels, core, label, self._backend)
         home = ours & ~outside
-        if home.sum() < settings.min_rows:
+        if home.sum() < self._settings.min_rows:
             home = ours & ~core
         return self._either("core", label, core & ours, home)
 
-    def halves(self, label: int, settings: Settings) -> list[Group]:
+    def halves(self, label: int) -> list[Group]:
         """The two parts of a label by its features, if either is more than a few rows."""
         smaller, larger = halves(self._points, self.labels == label, self._backend)
-        if smaller.sum() < settings.min_rows:
+        if smaller.sum() < self._settings.min_rows:
             return []
         return [self._either("halves", label, smaller, larger)]
 
-    def strays(self, label: int, settings: Settings) -> list[Group]:
+    def strays(self, label: int) -> list[Group]:
         """Rows that two early snapshots put with other labels, once most of the label is at home.
 
         Poison with a false label lies with its true class until the trigger is learnt.
@@ -215,7 +218,7 @@ class Court:
         ours, found = self.labels == label, list[Group]()
         for stray in self._strays:
             rows, rest = ours & stray, ours & ~stray
-            if rows.sum() < settings.min_rows or rows.sum() > rest.sum():
+            if rows.sum() < self._settings.min_rows or rows.sum() > rest.sum():
                 continue
             found.append(Group("strays", rows, rest, self.commands(label, rows, rest)))
             if len(found) == 2:
@@ -256,8 +259,8 @@ def opened(court: Court, label: int, tried: list[Group], triggers: list[Group | 
     poison, candidates = chosen.rows, ours & ~chosen.rest
     if explained:
         if chosen.kind != "core":
-            poison = court.coherent(label, poison)
-        poison = court.kin(label, poison, poison).rows
+            poison = court.coherent(label, poison).rows
+        poison = court.kin(label, poison)
     elif candidates.sum() > MOST_OF_LABEL * ours.sum():
         candidates = poison
     told = {
