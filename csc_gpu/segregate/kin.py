@@ -31,7 +31,9 @@ HALVINGS = 12
 REACHED = 0.9
 """Quantile of the chances in a mixed group that speaks for the poison in it."""
 KNOWN = 0.3
-"""A core whose rows get less than this from the probe, on average, is not known again."""
+"""Rows that get less than this from the probe are not known again,"""
+LIFT = 3.0
+"""unless they are few, and it is so many times their share of the label."""
 SMALL = 1e-6
 """A Newton step that moves no weight further than this is the last."""
 
@@ -56,7 +58,8 @@ def kin(
     probe = Probe(points, labels, ours, backend)
     found = core
     for _ in range(ROUNDS):
-        named = core | (ours & probe.like(found))
+        few = LIFT * float(found.sum() / ours.sum())
+        named = core | (ours & probe.like(found, min(KNOWN, few)))
         if (named == found).all():
             break
         found = named
@@ -74,7 +77,7 @@ def coherent(
     probe = Probe(points, labels, labels == label, backend)
     found = group
     for _ in range(ROUNDS):
-        named = group & probe.like(found, REACHED)
+        named = group & probe.like(found, KNOWN, REACHED)
         if (named == found).all():
             break
         found = named
@@ -103,16 +106,16 @@ class Probe:
             found[self._asked] = unseen(self._z, positive[self._asked])
         return np.where(self._ours, found, np.float32(0))
 
-    def like(self, positive: Mask, quantile: float | None = None) -> Mask:
+    def like(self, positive: Mask, least: float, quantile: float | None = None) -> Mask:
         """Rows with at least half the chance that the positive ones have, on average. (N,)
 
-        Or at a quantile, where a good part of them may be wrong. They alone, if they are not known
-        again.
+        Or at a quantile, where a good part of them may be wrong. They alone, if theirs is below
+        `least`.
         """
         chance = self.chance(positive)
         known = chance[positive] if positive.any() else np.zeros(1, np.float32)
         usual = float(known.mean() if quantile is None else np.quantile(known, quantile))
-        return chance > 0.5 * usual if usual >= KNOWN else positive
+        return chance > 0.5 * usual if usual >= least else positive
 
 
 def halves(points: Array, ours: Mask, backend: Backend) -> tuple[Mask, Mask]:

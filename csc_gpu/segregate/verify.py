@@ -130,7 +130,7 @@ def verify(
             cleared.append(case.label)
             continue
         known = court.coherent(case.label, held)
-        rows = known.rows | case.firm
+        rows = held if case.is_commanded else known.rows
         case.told["flagged"] = int(rows.sum())
         suspect = suspect | rows
         belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
