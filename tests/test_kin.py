@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from csc_gpu.backend import open_backend
-from csc_gpu.segregate.kin import coherent, kin, logistic, unseen
+from csc_gpu.segregate.kin import Probe, coherent, kin, logistic, unseen
 from tests.worlds import world
 
 CPU = open_backend("cpu", 1)
@@ -87,6 +87,17 @@ def test_rows_of_a_mixed_group_that_are_not_like_most_of_it_are_dropped():
     assert known.belief.dtype == np.float32
     assert known.belief[there.poison].min() > known.belief[~there.poison].max()
     assert (known.belief[there.labels != 0] == 0).all()  # nobody asked about them
+
+
+def test_few_rows_have_kin_though_their_chances_are_small():
+    """Twelve rows in a thousand: the probe gives them .2, and that is far above their share."""
+    there = world(rows=1000, poison=24)
+    there.points[there.poison] = there.points[there.poison] * 0.5 + there.points[:24] * 0.4
+    core = rows_of(there, 12)
+    assert Probe(there.points, there.labels, there.labels == 0, CPU).chance(core)[core].mean() < 0.3
+    found = grown(there, core)
+    assert (found & there.poison).sum() >= 20
+    assert (found & ~there.poison).sum() <= 2
 
 
 def test_a_core_of_too_few_rows_stays_as_it_is():

@@ -116,6 +116,15 @@ def test_an_uncommanded_label_that_keeps_its_label_is_cleared():
     assert not told.suspect.any()
 
 
+def test_rows_a_sure_check_names_in_a_commanded_label_stand_though_no_probe_knows_them():
+    """The second half of the poison looks like nothing else; only the check can name it."""
+    there = world()
+    lost = there.poison & (np.cumsum(there.poison) > 20)
+    there.points[lost] = np.random.default_rng(1).normal(0, 3, (20, 20))
+    told = told_of(there, oracle(there, commands=1.0))
+    np.testing.assert_array_equal(told.suspect, there.poison)
+
+
 @pytest.mark.parametrize("commands", [0.0, 1.0])
 def test_poison_with_a_false_label_is_found_with_and_without_a_trigger(commands):
     there = world()
