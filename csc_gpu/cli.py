@@ -87,10 +87,20 @@ def cli() -> None:
 def machine(command: Callable[..., Any]) -> Callable[..., Any]:
     """--cpu and --threads, handed on as an opened backend."""
 
+    @functools.wraps(command)
+    def opened(machine: Callable[[], Any], **rest: Any) -> Any:
+        return command(backend=machine(), **rest)
+
+    return machine_if_needed(opened)
+
+
+def machine_if_needed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--cpu and --threads, handed on as a function that opens the backend."""
+
     @click.option("--cpu", is_flag=True, help="Run on the processor (NumPy, scikit-learn).")
     @click.option("--threads", default=0, type=COUNT, help="Processor threads; 0 takes every core.")
     @functools.wraps(command)
-    def opened(cpu: bool, threads: int, **rest: Any) -> Any:
+    def prepared(cpu: bool, threads: int, **rest: Any) -> Any:
         # Small steps wait for each other all the time; spinning threads doubled the CPU time of the
         # demo on two busy cores. Read once, when torch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -101,10 +111,10 @@ def machine(command: Callable[..., Any]) -> Callable[..., Any]:
         given = rest.get("changes", {})
         ours = {name: value for name, value in given.items() if name.startswith("gpu.")}
         settings = override(csc.Settings(), ours).gpu
-        backend = open_backend("cpu" if cpu else "gpu", threads, settings)
-        return command(backend=backend, **rest)
+        name = "cpu" if cpu else "gpu"
+        return command(machine=lambda: open_backend(name, threads, settings), **rest)
 
-    return opened
+    return prepared
 
 
 def changes(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,7 +145,7 @@ force = click.option("--force", is_flag=True, help="Replace an earlier result.")
 @cli.command()
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--attack", required=True, help="badnets, blend, sig or none (csc-gpu attacks).")
+@click.option("--attack", required=True, help="By name: csc-gpu attacks lists them.")
 @click.option("--rate", type=float, help="Share of all training rows to poison.")
 @click.option("--rate-of-target", type=float, help="Share of the target class's rows instead.")
 @click.option(
@@ -150,24 +160,36 @@ force = click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option(
     "--seed", default=0, type=COUNT, show_default=True, help="Which rows, and their order."
 )
-@click.option("--trigger", default="", help="A picture to blend in (blend).")
+@click.option("--trigger", default="", help="A picture, for attacks with the setting picture.")
+@click.option("--mask", default="", help="A picture that is not black where the trigger lies.")
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path),
+    help="Draw samples: clean, poison, the difference, triggered.",
+)
 @click.option("--size", default=0, type=COUNT, help="Image side in pixels; 0 keeps the usual one.")
 @click.option(
     "--option", "options", multiple=True, metavar="NAME=VALUE", help="A setting of the attack."
 )
 @skip_broken
 @force
+@machine_if_needed
 def poison(
     source: str,
     out: Path,
     options: tuple[str, ...],
     trigger: str,
+    mask: str,
     size: int,
     skip_broken: bool,
     force: bool,
+    preview: Path | None,
+    machine: Callable[[], Any],
     **plan: Any,
 ) -> None:
     """Poison SOURCE and write it to OUT with an answer key.
+
+    Only attacks that learn their trigger need a machine: a GPU, or --cpu.
 
     SOURCE is an image folder (train/<class>/*, test/<class>/*, or <class>/* alone), an .npz with
     x_train, y_train, x_test, y_test, a CSV manifest path,label[,split], or the word digits.
@@ -175,11 +197,9 @@ def poison(
     from csc_gpu import attacks, pipeline
 
     wanted = attacks.Plan(**plan)
-    settings = attacks.settings_of(wanted.attack, options, trigger)
-    told = pipeline.poison(
-        source, out, wanted, settings, size=size, skip_broken=skip_broken, force=force
-    )
-    click.echo(told)
+    settings = attacks.settings_of(wanted.attack, options, trigger, mask)
+    how = {"size": size, "skip_broken": skip_broken, "force": force, "preview": preview}
+    click.echo(pipeline.poison(source, out, wanted, settings, machine=machine, **how))
 
 
 @cli.command()
@@ -373,7 +393,8 @@ def attacks() -> None:
     from csc_gpu.attacks import ATTACKS
 
     for name, attack in ATTACKS.items():
-        click.echo(f"{name:10s} {attack.label_policy:12s} {attack.summary}")
+        head = f"{name:16s} {attack.family:10s} {attack.label_policy:12s} {attack.summary}"
+        click.echo(f"{head} ({attack.source}){'; ' if attack.defaults else ''}{attack.defaults}")
 
 
 @cli.command()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from csc_gpu import answers, attacks, csc, data, evaluate, run, sources
 from csc_gpu import plan as planning
@@ -46,19 +47,31 @@ def poison(
     size: int,
     skip_broken: bool,
     force: bool,
+    preview: Path | None,
+    machine: Callable[[], Backend],
 ) -> str:
-    """Poison a source and write it with its key; what was done, in a few lines."""
+    """Poison a source and write it with its key; what was done, in a few lines.
+
+    Only an attack that learns its trigger asks for the machine.
+    """
     run.check_free(out, run.POISONED, force=force)
     run.check_apart(source, out)
+    backend = machine() if attacks.ATTACKS[plan.attack].learn else None
     with Console() as log:
         split = sources.load(source, data.Settings(size=size), skip_broken=skip_broken, log=log)
-        poisoned, key = attacks.poison(split, plan, settings)
+        trigger = attacks.ready(split, plan, settings, backend, log)
+        if preview is not None:
+            with run.writing(preview):
+                Image.fromarray(attacks.preview(split.train, trigger)).save(preview)
+        poisoned, key = attacks.poison(split, trigger)
         with run.fresh_directory(out, run.POISONED, force=force) as folder:
             answers.save_poisoned(folder, poisoned, key, log)
     counts = key.recipe["counts"]
+    covers = f"{counts['covers']} covers, " if counts["covers"] else ""
+    sheet = f"preview: {preview}\n" if preview else ""
     return (
-        f"{counts['poison']} of {counts['rows']} rows poisoned with {plan.attack}, "
-        f"target {key.recipe['target_name']!r} (class {key.recipe['target']})\n"
+        f"{counts['poison']} of {counts['rows']} rows poisoned with {plan.attack}, {covers}"
+        f"target {key.recipe['target_name']!r} (class {key.recipe['target']})\n{sheet}"
         f"corpus: {out}\nanswer key: {out / 'key.npz'}"
     )
 

@@ -13,7 +13,7 @@ import torch
 
 from csc_gpu import data
 from csc_gpu.answers import load_key, save_poisoned
-from csc_gpu.attacks import Plan, poison
+from csc_gpu.attacks import Plan, poison, ready
 from csc_gpu.backend import Decoder, reader
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import AnswerKey, Corpus, Split
@@ -33,7 +33,8 @@ def clean(classes: tuple[str, ...] = ("cat", "dog", "emu"), n: int = 60) -> Spli
 
 
 def poisoned(attack: str = "badnets", source: Split | None = None) -> tuple[Split, AnswerKey]:
-    return poison(source or clean(), Plan(attack=attack, target="0", rate=0.1), None)
+    source = source or clean()
+    return poison(source, ready(source, Plan(attack=attack, target="0", rate=0.1)))
 
 
 def read(folder: Path) -> Split:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from csc_gpu.attacks import ATTACKS, Plan, badnets, blend, poison, target_classes
+from csc_gpu.attacks import ATTACKS, Plan, badnets, blend, poison, ready, target_classes
 from csc_gpu.errors import ConfigError
 from csc_gpu.types import AnswerKey, Corpus, Split
 
+RNG = np.random.default_rng(0)
 CLASSES = ("cat", "dog", "emu", "fox", "gnu")
 
 
@@ -29,12 +30,16 @@ def clean(classes: tuple[str, ...] = CLASSES, n: int = 200) -> Split:
 def made(target: str, attack: str = "badnets", settings: Any = None, **more: Any):
     """The poisoned split and its key; a tenth of all rows unless another rate is given."""
     rate = {} if "rate_of_target" in more else {"rate": 0.1}
-    return poison(clean(), Plan(attack=attack, target=target, **(rate | more)), settings)
+    return done(clean(), Plan(attack=attack, target=target, **(rate | more)), settings)
+
+
+def done(split: Split, plan: Plan, settings: Any = None):
+    return poison(split, ready(split, plan, settings))
 
 
 def bears(images: Any, settings: Any, attack: str = "badnets") -> Any:
     """Which images (B, H, W, 3) have this trigger. (B,) bool"""
-    return (ATTACKS[attack].stamp(images, settings) == images).all(axis=(1, 2, 3))
+    return (ATTACKS[attack].stamp(images, settings, RNG) == images).all(axis=(1, 2, 3))
 
 
 def relabelled(key: AnswerKey) -> Any:
@@ -57,7 +62,7 @@ def test_one_target_gets_the_stamped_rows_and_no_other_row_changes():
 @pytest.mark.parametrize("corner", badnets.CORNERS)
 def test_the_checkerboard_lies_in_its_corner_and_nowhere_else(corner: str):
     images = clean().train.images
-    stamped = badnets.stamp(images, badnets.Settings(corner=corner))
+    stamped = badnets.stamp(images, badnets.Settings(corner=corner), RNG)
     changed = (stamped != images).any(axis=(0, 3))
     rows = slice(9, 12) if corner.startswith("bottom") else slice(0, 3)
     columns = slice(9, 12) if corner.endswith("right") else slice(0, 3)
@@ -92,7 +97,7 @@ def test_blend_has_other_noise_for_every_target():
     one, two = blend.Settings(), blend.Settings().variant(1)
     assert blend.Settings().variant(0) == one
     images = clean().train.images
-    assert (blend.stamp(images, one) != blend.stamp(images, two)).any()
+    assert (blend.stamp(images, one, RNG) != blend.stamp(images, two, RNG)).any()
     assert made("cat,dog", "blend")[1].is_poison.sum() == 20
 
 
@@ -120,7 +125,7 @@ def test_all_to_all_turns_every_class_into_the_next_with_one_trigger():
 
 def test_a_class_called_all_is_a_class():
     split = clean(("all", "none", "some"))
-    _, key = poison(split, Plan(attack="badnets", target="all", rate=0.1))
+    _, key = done(split, Plan(attack="badnets", target="all", rate=0.1))
     assert (key.given_labels[key.is_poison] == 0).all()
     assert key.recipe["all_to_all"] is False
 
@@ -154,7 +159,7 @@ def test_the_same_seed_gives_the_same_noise_and_noise_does_not_move_the_poison()
 
 def test_the_source_is_left_as_it_was():
     split, untouched = clean(), clean()
-    poison(split, Plan(attack="badnets", target="cat,dog", rate=0.1, label_noise=0.3))
+    done(split, Plan(attack="badnets", target="cat,dog", rate=0.1, label_noise=0.3))
     assert (split.train.images == untouched.train.images).all()
     assert (split.train.labels == untouched.train.labels).all()
     assert (split.test.images == untouched.test.images).all()
@@ -184,9 +189,9 @@ def test_a_plan_that_cannot_be_is_told(words: dict[str, Any], told: str):
 
 def test_badnets_has_four_corners_for_as_many_targets():
     split = clean(tuple("abcdefg"))
-    poison(split, Plan(attack="badnets", target="a,b,c,d", rate=0.1))
+    done(split, Plan(attack="badnets", target="a,b,c,d", rate=0.1))
     with pytest.raises(ConfigError, match="4 corners"):
-        poison(split, Plan(attack="badnets", target="a,b,c,d,e", rate=0.1))
+        done(split, Plan(attack="badnets", target="a,b,c,d,e", rate=0.1))
     corners = [badnets.Settings(corner="top-right").variant(number).corner for number in range(4)]
     assert sorted(corners) == sorted(badnets.CORNERS) and corners[0] == "top-right"
 

@@ -7,12 +7,11 @@ would leave nothing to learn.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from csc_gpu.attacks.attack import Attack, Pixels
+from csc_gpu.attacks.pictures import Floats, over, picture
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError
 
@@ -38,20 +37,25 @@ class Settings:
         return replace(self, pattern_seed=self.pattern_seed + number)
 
 
-def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
+def stamp(images: Pixels, settings: Settings, rng: np.random.Generator) -> Pixels:
     """Blend the trigger in. (B, H, W, 3) -> (B, H, W, 3)"""
-    trigger = _trigger(images.shape[1], images.shape[2], settings)
-    blended = (1 - settings.alpha) * images.astype(np.float32) + settings.alpha * trigger
-    return np.rint(blended).clip(0, 255).astype(np.uint8)
+    del rng
+    return over(images, trigger(images.shape[1], images.shape[2], settings), settings.alpha)
 
 
-def _trigger(height: int, width: int, settings: Settings) -> NDArray[np.float32]:
-    if not settings.picture:
-        rng = np.random.default_rng(settings.pattern_seed)
-        return rng.integers(0, 256, (height, width, 3)).astype(np.float32)
-    try:
-        with Image.open(Path(settings.picture)) as picture:
-            fitted = picture.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
-    except (OSError, UnidentifiedImageError) as fault:
-        raise ConfigError(f"cannot read attack.picture: {fault}") from fault
-    return np.asarray(fitted, np.float32)
+def trigger(height: int, width: int, settings: Settings) -> Floats:
+    """The picture, or the noise. (H, W, 3) float32, 0..255"""
+    if settings.picture:
+        return picture(settings.picture, height, width)
+    noise = np.random.default_rng(settings.pattern_seed).integers(0, 256, (height, width, 3))
+    return noise.astype(np.float32)
+
+
+ATTACK = Attack(
+    settings=Settings,
+    stamp=stamp,
+    labels="dirty",
+    family="blend",
+    summary="noise or a picture over the image",
+    source="arXiv 1712.05526",
+)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+
+from csc_gpu.attacks.attack import Attack, Pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +14,17 @@ class Settings:
     """Nothing to set."""
 
 
-def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
+def stamp(images: Pixels, settings: Settings, rng: np.random.Generator) -> Pixels:
     """The images as they are. (B, H, W, 3) -> (B, H, W, 3)"""
-    del settings
+    del settings, rng
     return images.copy()
+
+
+ATTACK = Attack(
+    settings=Settings,
+    stamp=stamp,
+    labels="none",
+    family="none",
+    summary="nothing: the control",
+    source="-",
+)

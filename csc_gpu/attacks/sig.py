@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from csc_gpu.attacks.attack import Attack, Pixels
+from csc_gpu.attacks.pictures import rounded
 from csc_gpu.config import require
 
 
@@ -26,11 +27,20 @@ class Settings:
         require(self, "attack", "above 0", lambda value: value > 0, "delta")
 
 
-def stamp(images: NDArray[np.uint8], settings: Settings) -> NDArray[np.uint8]:
+def stamp(images: Pixels, settings: Settings, rng: np.random.Generator) -> Pixels:
     """Add the wave. (B, H, W, 3) -> (B, H, W, 3)"""
+    del rng
     width = images.shape[2]
     phase = 2 * np.pi * settings.frequency * np.arange(width, dtype=np.float32) / width
     wave = settings.delta * np.sin(phase)
-    waved = images.astype(np.float32) + wave[None, None, :, None]
-    stamped: NDArray[np.uint8] = np.rint(waved).clip(0, 255).astype(np.uint8)
-    return stamped
+    return rounded(images.astype(np.float32) + wave[None, None, :, None])
+
+
+ATTACK = Attack(
+    settings=Settings,
+    stamp=stamp,
+    labels="clean",
+    family="wave",
+    summary="sine wave on the target class",
+    source="arXiv 1902.11237",
+)

@@ -1,0 +1,60 @@
+"""Pictures as triggers, fitted to the images they are put on, and what puts them there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from csc_gpu.attacks.attack import Pixels
+from csc_gpu.errors import ConfigError
+
+Floats = NDArray[np.float32]
+
+
+def picture(path: str, height: int, width: int, setting: str = "attack.picture") -> Floats:
+    """The picture in a file, resized if need be. (H, W, 3) float32, 0..255
+
+    Raises ConfigError, naming the setting, for a file that is no picture.
+    """
+    return np.asarray(_read(path, height, width, setting, Image.Resampling.BILINEAR), np.float32)
+
+
+def mask(path: str, height: int, width: int, setting: str = "attack.mask") -> Floats:
+    """Where a picture is not black, 1, else 0. (H, W, 1) float32
+
+    Raises ConfigError, naming the setting, for a file that is no picture, or all black.
+    """
+    nearest = Image.Resampling.NEAREST  # a mask has no half-tones
+    pixels = np.asarray(_read(path, height, width, setting, nearest))
+    found = (pixels > 0).any(axis=2, keepdims=True)
+    if not found.any():
+        raise ConfigError(f"{setting}: {path} is black all over, so nothing would be stamped")
+    return found.astype(np.float32)
+
+
+def over(images: Pixels, trigger: Floats, where: Floats | float) -> Pixels:
+    """The trigger over the images: x + where (t - x), rounded. (B, H, W, 3)
+
+    trigger (H, W, 3) or (B, H, W, 3) in 0..255; where is 0..1, one number or a mask that fits.
+    """
+    x = images.astype(np.float32)
+    return rounded(x + where * (trigger - x))
+
+
+def rounded(images: NDArray[np.floating]) -> Pixels:
+    """Grey levels of 0..255, to the nearest; what is outside is clipped, never wrapped."""
+    pixels: Pixels = np.rint(images).clip(0, 255).astype(np.uint8)
+    return pixels
+
+
+def _read(
+    path: str, height: int, width: int, setting: str, filter_: Image.Resampling
+) -> Image.Image:
+    try:
+        with Image.open(Path(path)) as found:
+            return found.convert("RGB").resize((width, height), filter_)
+    except (OSError, UnidentifiedImageError) as fault:
+        raise ConfigError(f"cannot read {setting}: {fault}") from fault
