@@ -198,8 +198,18 @@ def poison(
 
     wanted = attacks.Plan(**plan)
     settings = attacks.settings_of(wanted.attack, options, trigger, mask)
-    how = {"size": size, "skip_broken": skip_broken, "force": force, "preview": preview}
-    click.echo(pipeline.poison(source, out, wanted, settings, machine=machine, **how))
+    told = pipeline.poison(
+        source,
+        out,
+        wanted,
+        settings,
+        size=size,
+        skip_broken=skip_broken,
+        force=force,
+        preview=preview,
+        machine=machine,
+    )
+    click.echo(told)
 
 
 @cli.command()

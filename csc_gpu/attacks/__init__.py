@@ -2,7 +2,6 @@
 
 from csc_gpu.attacks.attack import Attack, Learned, Stamp, Whom
 from csc_gpu.attacks.catalogue import ATTACKS
-from csc_gpu.attacks.preview import preview
 from csc_gpu.attacks.poisoning import (
     ALL_TO_ALL,
     Plan,
@@ -13,6 +12,7 @@ from csc_gpu.attacks.poisoning import (
     target_class,
     target_classes,
 )
+from csc_gpu.attacks.preview import preview
 
 __all__ = [
     "ALL_TO_ALL",

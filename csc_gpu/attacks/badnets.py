@@ -36,9 +36,11 @@ class Settings:
     def __post_init__(self) -> None:
         require(self, "attack", "1 or more", lambda count: count >= 1, "cell")
         require(self, "attack", f"one of {', '.join(CORNERS)}", CORNERS.__contains__, "corner")
+        if self.mask and not self.picture:
+            raise ConfigError("a mask needs the picture of a trigger: give --trigger, too")
 
     def variant(self, number: int) -> Settings:
-        """The trigger of the number-th target: the next corner. Raises ConfigError for a picture."""
+        """The trigger of the number-th target, the next corner. Raises ConfigError for pictures."""
         if number and self.picture:
             raise ConfigError("several targets need several triggers; there is one picture")
         if number >= len(CORNERS):

@@ -29,10 +29,10 @@ def mask(path: str, height: int, width: int, setting: str = "attack.mask") -> Fl
     """
     nearest = Image.Resampling.NEAREST  # a mask has no half-tones
     pixels = np.asarray(_read(path, height, width, setting, nearest))
-    found = (pixels > 0).any(axis=2, keepdims=True)
+    found = pixels.max(axis=2, keepdims=True) > 0
     if not found.any():
         raise ConfigError(f"{setting}: {path} is black all over, so nothing would be stamped")
-    return found.astype(np.float32)
+    return np.asarray(found, np.float32)
 
 
 def over(images: Pixels, trigger: Floats, where: Floats | float) -> Pixels:

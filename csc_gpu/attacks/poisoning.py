@@ -283,13 +283,9 @@ def _poisoned(train: Corpus, trigger: Trigger, rng: np.random.Generator) -> tupl
         where = "in the target class" if policy == "clean" else "outside the target class"
         if trigger.whom.sources:
             where = f"in the source {', '.join(trigger.whom.sources)}"
+        other = "" if trigger.plan.rate is None else "; --rate-of-target is the share of that class"
         raise ConfigError(
-            f"that rate asks for {count} rows, but only {pool.sum()} are {where}"
-            + (
-                "; --rate-of-target is the share of that class"
-                if share == trigger.plan.rate
-                else ""
-            )
+            f"that rate asks for {count} rows, but only {pool.sum()} are {where}{other}"
         )
     chosen[rng.choice(np.flatnonzero(pool), count, replace=False)] = True
     return chosen, pool
