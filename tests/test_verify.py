@@ -78,14 +78,27 @@ def test_controls_of_the_label_count_where_it_is_harder_than_the_others():
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
     case = Case(0, POISON, POISON, False, {})
     assert judge(case, labels, check, Settings()) is None  # .65 differ, of unseen benign rows .4
-    assert judge(case, labels, check, Settings(min_rows=99)) is not None  # too few to be asked
-    assert case.told["wrong_on_controls"] == pytest.approx(21 / 102, abs=1e-3)
+    usual = 21 / 102
+    wrong = (20 + 8 * usual) / (50 + 8)
+    assert case.told["wrong_on_controls"] == pytest.approx(wrong, abs=1e-3)
+    assert judge(case, labels, check, Settings(min_rows=99)) is not None  # too few to say much
+    assert case.told["wrong_on_controls"] == pytest.approx((20 + 99 * usual) / (50 + 99), abs=1e-3)
+
+
+def test_a_label_of_few_controls_is_as_hard_as_the_others_if_none_of_them_differs():
+    labels = np.where(ROW < 310, 0, 1)  # ten of the hundred controls are of this label
+    differs = POISON | (CONTROLS & (ROW == 399))
+    check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
+    case = Case(0, POISON, POISON, False, {})
+    judge(case, labels, check, Settings())
+    assert case.told["wrong_on_controls"] == pytest.approx(2 / 102, abs=1e-3)
 
 
 def test_a_share_of_few_rows_is_pulled_to_one_half():
     nobody = np.zeros(4, bool)
     assert wrong_on(nobody, nobody) == 0.5
     assert wrong_on(~nobody, nobody) == pytest.approx(1 / 6)
+    assert wrong_on(~nobody, nobody, 0.3, 8) == pytest.approx(2.4 / 12)
 
 
 def test_a_label_with_a_tenth_of_the_core_and_rows_enough_is_suspected():

@@ -287,10 +287,8 @@ def judge(
     """
     ours = labels == case.label
     differs = check.predicted != labels
-    wrong = wrong_on(check.controls, differs)
-    own = check.controls & ours
-    if own.sum() >= settings.min_rows:
-        wrong = max(wrong, wrong_on(own, differs))
+    usual = wrong_on(check.controls, differs)
+    wrong = max(usual, wrong_on(check.controls & ours, differs, usual, settings.min_rows))
 
     def poison_share(group: Mask) -> float:
         share = float(differs[group].mean()) if group.any() else 0.0
@@ -349,6 +347,7 @@ def _unpacked(bits: Array, n: int, backend: Backend) -> Mask:
     return np.unpackbits(backend.to_numpy(bits).astype(np.uint8), count=n).astype(bool)
 
 
-def wrong_on(rows: Mask, differs: Mask) -> float:
-    """Share of these rows that differ, as if one more had and one had not (Laplace). 0..1"""
-    return (int((differs & rows).sum()) + 1) / (int(rows.sum()) + 2)
+def wrong_on(rows: Mask, differs: Mask, usual: float = 0.5, weight: float = 2.0) -> float:
+    """Share of these rows that differ, as if so many more had been seen, of which the usual share
+    differed (at first one of two, Laplace's rule). 0..1"""
+    return (int((differs & rows).sum()) + usual * weight) / (int(rows.sum()) + weight)
