@@ -79,6 +79,8 @@ def train(
     jobs: int,
 ) -> None:
     """Poison and train every cell that is not there yet."""
+    if any(not text.startswith(("data.", "train.")) for text in changed):
+        raise click.UsageError("--set takes data. and train. here: judge applies the usual rule")
     cells = [
         {
             "data": name,
@@ -276,7 +278,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a results file; none if it is not there."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if any("recovered_from" not in line for line in lines):
+        raise click.ClickException(f"{path} holds lines of an earlier study; give another file")
+    return lines
 
 
 def key_of(cell: dict[str, Any]) -> str:

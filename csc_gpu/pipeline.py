@@ -95,6 +95,8 @@ def train(
         raise ConfigError(f"unknown defense {defense!r}; there are {', '.join(DEFENSES)}")
     entry = DEFENSES[defense]
     settings: csc.Settings = override(entry.settings(), dict(changes))
+    if settings.recover.on and defense == "plain":
+        raise ConfigError("plain training names no suspects to recover from; leave --recover out")
     if not settings.train.model:
         settings = override(settings, {"train.model": backend.usual_model})
     run.check_apart(source, out)

@@ -408,8 +408,7 @@ def save_snapshots(
         check_controls=np.array([check.controls for check in checks], bool).reshape(-1, n),
         check_predicted=np.array([check.predicted for check in checks], np.int64).reshape(-1, n),
         transfer_label=np.array([answer.label for answer in transfers], np.int64),
-        transfer_group=np.array([answer.group for answer in transfers], bool).reshape(-1, n),
-        transfer_rest=np.array([answer.rest for answer in transfers], bool).reshape(-1, n),
+        transfer_groups=np.array([answer.groups for answer in transfers], np.str_),
         transfer_share=np.array([answer.share for answer in transfers], np.float64),
         settings=np.array(json.dumps(plain(settings))),
     )
@@ -470,7 +469,7 @@ def load_snapshots(path: Path) -> Snapshots:
         classes,
         names_of_rows,
         _checks(arrays, n),
-        _transfers(arrays, n),
+        _transfers(arrays),
         _final(arrays, n),
         _settings(path, arrays),
     )
@@ -487,8 +486,7 @@ OPTIONAL = (
     "check_predicted",
     "final",
     "transfer_label",
-    "transfer_group",
-    "transfer_rest",
+    "transfer_groups",
     "transfer_share",
 )
 
@@ -528,19 +526,17 @@ def _checks(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Reclassified, .
     return tuple(Reclassified(*row) for row in zip(*(arrays[key] for key in keys), strict=True))
 
 
-def _transfers(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Transfer, ...]:
-    keys = ("transfer_label", "transfer_group", "transfer_rest", "transfer_share")
+def _transfers(arrays: Mapping[str, NDArray[Any]]) -> tuple[Transfer, ...]:
+    keys = ("transfer_label", "transfer_groups", "transfer_share")
     if any(key not in arrays for key in keys):
         return ()
-    label, group, rest, share = (arrays[key] for key in keys)
-    shapes = (label.ndim, group.shape, rest.shape, share.shape)
-    if shapes != (1, (label.size, n), (label.size, n), label.shape):
+    label, groups, share = (arrays[key] for key in keys)
+    if (label.ndim, groups.shape, share.shape) != (1, label.shape, label.shape):
         return ()
-    if not all(array.dtype.kind in "biuf" for array in (label, group, rest, share)):
+    if not all(array.dtype.kind in "iuf" for array in (label, share)):
         return ()
     return tuple(
-        Transfer(int(y), g.astype(bool), r.astype(bool), float(s))
-        for y, g, r, s in zip(label, group, rest, share, strict=True)
+        Transfer(int(y), str(g), float(s)) for y, g, s in zip(label, groups, share, strict=True)
     )
 
 
@@ -566,7 +562,8 @@ class Recorded:
     def __init__(
         self, points: Array, transfers: tuple[Transfer, ...], checks: tuple[Reclassified, ...]
     ) -> None:
-        self._points, self._transfers, self._checks = points, transfers, checks
+        self._points, self._checks = points, checks
+        self._shares = {(answer.label, answer.groups): answer.share for answer in transfers}
 
     def points(self) -> Array:
         """Features of all rows under the model that was trained. (N, D) on the device"""
@@ -574,12 +571,10 @@ class Recorded:
 
     def transfers(self, group: Mask, rest: Mask, label: int) -> float:
         """The share that was found for these groups. 0..1"""
-        for known in self._transfers:
-            if known.label != label or (known.group != group).any():
-                continue
-            if (known.rest == rest).all():
-                return known.share
-        raise CorpusError(OTHER_QUESTION)
+        share = self._shares.get((label, Transfer.fingerprint(group, rest)))
+        if share is None:
+            raise CorpusError(OTHER_QUESTION)
+        return share
 
     def reclassify(self, candidates: Mask) -> Reclassified:
         """What the model said that was trained without these rows."""

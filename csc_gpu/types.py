@@ -6,6 +6,7 @@ S snapshots, M held-out images, B batch, H W image height and width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,7 +117,7 @@ class Clusters:
     size: Array  # (K,) rows in each cluster
     labels: Array  # (K, C) how many rows of each label a cluster holds
     density: Array  # (K,) 1 / median k-distance of its rows
-    eps: float  # DBSCAN radius, in units of the embedded features
+    eps: float  # DBSCAN radius, in units of the embedded features; NaN: one for each label
     scale: float  # the quantile of the k-distance that eps was taken from
 
 
@@ -144,9 +145,14 @@ class Transfer:
     """A pattern, the mean of a group of images less that of another, tried on other labels."""
 
     label: int
-    group: Mask  # (N,)
-    rest: Mask  # (N,)
+    groups: str  # fingerprint of the two groups: masks would take 2 N bytes for every question
     share: float  # of the images tried, how many get the label once the pattern is added. 0..1
+
+    @staticmethod
+    def fingerprint(group: Mask, rest: Mask) -> str:
+        """What tells these two groups (N,) from all others."""
+        bits = np.packbits(group).tobytes() + np.packbits(rest).tobytes()
+        return hashlib.sha256(bits).hexdigest()
 
 
 class Witness(Protocol):

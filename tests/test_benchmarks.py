@@ -436,6 +436,7 @@ def a_line(rule="two-stage", **changes):
         "before": rates,
         "after": rates,
         "recovered": None,
+        "recovered_from": None,
         "clean_net": None,
         "detection": {"tpr": 1 - cell["seed"] / 10, "fpr": 0.0},
         "cpu_seconds": 1.0,
@@ -479,6 +480,21 @@ def table_of(tmp_path, lines, *words):
     rows = [line.strip("| ").split(" | ") for line in result.output.splitlines() if line[:1] == "|"]
     assert len({len(row) for row in (rows[0], *rows[2:])}) == 1
     return rows[2:], result.output
+
+
+def test_lines_of_an_earlier_study_are_refused_with_what_to_do(tmp_path):
+    path = tmp_path / "old.jsonl"
+    path.write_text(json.dumps({"data": "digits", "asr": 1}) + "\n")
+    result = run(detection.cli, "table", path)
+    assert result.exit_code == 1
+    assert "earlier study; give another file" in result.output
+
+
+def test_settings_that_the_judgement_would_ignore_are_refused(tmp_path):
+    words = ("--name", "digits", "--set", "segregate.votes=2", "--work", tmp_path)
+    result = run(detection.cli, "train", "digits", *words)
+    assert result.exit_code == 2
+    assert "data. and train." in result.output
 
 
 def test_the_table_has_a_row_for_each_kind_of_cell_and_the_median_over_its_seeds(tmp_path):

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import load_file
 
+from csc_gpu.attacks import ATTACKS
 from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.cli import cli
 from csc_gpu.run import COLUMNS
@@ -376,6 +377,7 @@ def test_a_wrong_attack_is_refused(tmp_path, words, needles):
         (("--set", "train.lr=fast"), ("train.lr", "number")),
         (("--set", "train.model=vgg"), ("train.model", "resnet8")),
         (("--defense", "magic"), ("magic", "csc")),
+        (("--defense", "plain", "--recover"), ("no suspects", "--recover")),
         (("--config", "no.toml"), ("no.toml",)),
     ],
 )
@@ -543,7 +545,7 @@ def test_settings_are_toml_that_config_takes(tmp_path):
 
 
 def test_attacks_and_defenses_are_listed_name_first():
-    assert [line.split()[0] for line in call("attacks").output.splitlines()] == [
-        "badnets", "blend", "sig", "none",
-    ]  # fmt: skip
+    lines = call("attacks").output.splitlines()
+    assert [line.split()[0] for line in lines] == list(ATTACKS)
+    assert all(ATTACKS[line.split()[0]].family == line.split()[1] for line in lines)
     assert [line.split()[0] for line in call("defenses").output.splitlines()] == ["csc", "plain"]

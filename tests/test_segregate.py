@@ -76,6 +76,7 @@ def test_per_label_clusters_the_rows_of_each_label_by_themselves():
     together = observe(points, labels, 1.0, Settings(rule="text"), CPU).clusterings[-1]
     apart = observe(points, labels, 1.0, Settings(rule="per_label"), CPU).clusterings[-1]
     assert together.labels.min(axis=1).max() > 0
+    assert together.eps > 0 and np.isnan(apart.eps)  # each label has a radius of its own
     assert (apart.labels.min(axis=1) == 0).all()
     assert apart.labels.max(axis=0).min() > 30
     for clusters in (together, apart):

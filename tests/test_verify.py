@@ -12,7 +12,7 @@ from csc_gpu.backend import open_backend
 from csc_gpu.segregate import Settings, observe, segregate
 from csc_gpu.segregate.kin import halves
 from csc_gpu.segregate.verify import Case, judge, suspected_labels, verify, wrong_on
-from csc_gpu.types import Reclassified
+from csc_gpu.types import Reclassified, Transfer
 from tests.worlds import Oracle, oracle, world
 
 CPU = open_backend("cpu", 1)
@@ -202,9 +202,12 @@ def test_every_answer_is_written_down_with_its_question():
     told = told_of(there, witness)
     assert {answer.label: 1 for answer in told.transfers}.keys() == {0, 1, 2, 3}
     for answer, (group, rest, label) in zip(told.transfers, witness.asked, strict=True):
-        assert answer.group is group and answer.rest is rest and answer.label == label
-    works = [answer for answer in told.transfers if answer.share == 1.0]
-    assert works and all(there.poison[answer.group].mean() > 0.5 for answer in works)
+        assert answer.label == label
+        assert (
+            answer.groups == Transfer.fingerprint(group, rest) != Transfer.fingerprint(rest, group)
+        )
+        assert (answer.share == 1.0) == bool(there.poison[group].mean() > 0.5)
+    assert any(answer.share == 1.0 for answer in told.transfers)
     assert len(told.checks) == 1
 
 

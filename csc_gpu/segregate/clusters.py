@@ -61,7 +61,8 @@ def observe(
             n_clusters = int(of_row.max()) + 1
         every, near = xp.concatenate(asked), xp.concatenate(reach)
         size, held, density = describe(of_row, labels, n_classes, near, of_row[every], xp)
-        clusterings.append(Clusters(of_row[back], size, held, density, eps, scale))
+        told = eps if len(rooms) == 1 else float("nan")  # each label has a radius of its own
+        clusterings.append(Clusters(of_row[back], size, held, density, told, scale))
     return Sighting(epoch, tuple(clusterings), least_neighbours(len(z), settings), stray)
 
 

@@ -182,7 +182,7 @@ class Court:
         if not (group.any() and rest.any()):
             return 0.0
         share = self._witness.transfers(group, rest, label)
-        self.answers.append(Transfer(label, group, rest, share))
+        self.answers.append(Transfer(label, Transfer.fingerprint(group, rest), share))
         return share
 
     def kin(self, label: int, core: Mask) -> Mask:
