@@ -205,7 +205,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
 
     start, clock = used(), csc.Stopwatch(cpu)
     with clock("cluster"):
-        counted = segregate.counted(range(len(snapshots.epoch)), settings.segregate)
+        scales = segregate.looked_at(range(len(snapshots.epoch)), settings.segregate)
         sightings = tuple(
             segregate.observe(
                 snapshots.features[number],
@@ -213,7 +213,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
                 float(epoch),
                 settings.segregate,
                 cpu,
-                clustered=number in counted,
+                scales=scales[number],
             )
             for number, epoch in enumerate(snapshots.epoch)
         )

@@ -41,7 +41,7 @@ class Settings:
     """First learning rate; it falls linearly to zero."""
     momentum: float = 0.9
     """Of SGD."""
-    share: float = 0.1
+    share: float = 0.2
     """Least share of the suspects in the loss: fewer of them weigh more (ours, not the paper's).
     Else a hundredth of poison moves the head too little, and the attack goes on."""
     replay: int = 32

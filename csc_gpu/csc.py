@@ -108,7 +108,7 @@ def learn(
             f"no snapshot falls into the first {settings.watch.epochs} epochs at one every "
             f"{settings.watch.every}; lower watch.every or raise watch.epochs"
         )
-    counted = segregate.counted(sorted(watched), settings.segregate)
+    scales = segregate.looked_at(sorted(watched), settings.segregate)
     sightings: list[Sighting] = []
     kept: list[tuple[float, NDArray[Any]]] = []  # on the host: not needed on the device again
     with clock("train"):
@@ -127,7 +127,7 @@ def learn(
                         at.epoch,
                         settings.segregate,
                         backend,
-                        clustered=at.step in counted,
+                        scales=scales[at.step],
                     )
                 )
             log("snapshot", sighting=sightings[-1])

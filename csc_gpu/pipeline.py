@@ -422,12 +422,12 @@ def watch(
 ) -> Segregation:
     """The verdict on saved snapshots, with what verification returned at the time."""
     sightings = []
-    counted = segregation.counted(range(len(found.features)), settings)
+    scales = segregation.looked_at(range(len(found.features)), settings)
     for number, (points, epoch) in enumerate(zip(found.features, found.epoch, strict=True)):
-        placed, clustered = backend.xp.asarray(points), number in counted
+        placed = backend.xp.asarray(points)
         sightings.append(
             segregation.observe(
-                placed, found.labels, float(epoch), settings, backend, clustered=clustered
+                placed, found.labels, float(epoch), settings, backend, scales=scales[number]
             )
         )
         log("snapshot", sighting=sightings[-1])

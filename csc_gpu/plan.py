@@ -20,7 +20,7 @@ from csc_gpu.backend.workspace import Workspace, needed, workspace
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.features import BATCH
 from csc_gpu.models import Net, new_model
-from csc_gpu.segregate import counted
+from csc_gpu.segregate import looked_at
 from csc_gpu.segregate.clusters import BLOCK, least_neighbours
 
 FLOAT, INDEX = 4, 8  # bytes
@@ -108,9 +108,9 @@ def _stages(shape: Shape, settings: csc.Settings, model: Net) -> dict[str, dict[
     n, chosen, d = shape.rows, settings.segregate, model.n_features
     image = FLOAT * 3 * shape.height * shape.width
     watched = sorted(settings.watch.steps(train.budget(n, settings.train)))
-    clustered = len(counted(watched, chosen))
+    clustered = sum(map(len, looked_at(watched, chosen).values()))
     seen = {
-        "clusters of every snapshot and scale": clustered * len(chosen.scales) * FLOAT * n,
+        "clusters of every snapshot and scale": clustered * FLOAT * n,
         "strays of every snapshot": len(watched) * n,
     }
     features = {"features": FLOAT * n * d}

@@ -24,7 +24,7 @@ from csc_gpu.conceal import conceal
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.features import features, predict
 from csc_gpu.models import new_model
-from csc_gpu.segregate import RULES, Settings, counted, observe, segregate
+from csc_gpu.segregate import RULES, Settings, looked_at, observe, segregate
 from csc_gpu.segregate.verify import candidates
 from csc_gpu.train import Settings as Training
 from csc_gpu.types import Corpus, DefenderView
@@ -118,9 +118,9 @@ def snapshots(count: int, rows: int) -> tuple[Any, list[np.ndarray]]:
 def verdict_of(backend, there, moments, settings, checked=False, commands=1.0):
     up = backend.xp.asarray
     witness = oracle(there, commands=commands, xp=backend.xp) if checked else None
-    counts = counted(range(len(moments)), settings)
+    scales = looked_at(range(len(moments)), settings)
     seen = [
-        observe(up(points), there.labels, epoch, settings, backend, clustered=epoch in counts)
+        observe(up(points), there.labels, epoch, settings, backend, scales=scales[epoch])
         for epoch, points in enumerate(moments)
     ]
     return seen, segregate(seen, there.labels, settings, backend, witness)

@@ -11,7 +11,7 @@ from csc_gpu.backend import Settings as BackendSettings
 from csc_gpu.backend import open_backend
 from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.errors import ConfigError, CorpusError
-from csc_gpu.segregate import RULES, Settings, capped, counted, observe, segregate, voted_core
+from csc_gpu.segregate import RULES, Settings, capped, looked_at, observe, segregate, voted_core
 from csc_gpu.segregate.clusters import diversity, embed, own_order, purity
 from csc_gpu.segregate.rules import gather
 from csc_gpu.types import Clusters
@@ -93,7 +93,7 @@ def sighted(there, moments, rule, latest=5):
         there.poison[:, None], there.points[there.labels == 0].mean(axis=0), there.points
     )
     chosen = Settings(rule=rule, latest=latest)
-    counts = counted(range(len(moments)), chosen)
+    scales = looked_at(range(len(moments)), chosen)
     seen = [
         observe(
             there.points if held else calm,
@@ -101,7 +101,7 @@ def sighted(there, moments, rule, latest=5):
             epoch,
             chosen,
             CPU,
-            clustered=epoch in counts,
+            scales=scales[epoch],
         )
         for epoch, held in enumerate(moments)
     ]
@@ -119,11 +119,17 @@ def test_an_island_in_an_early_snapshot_counts_for_the_papers_rules_alone(rule):
 
 
 def test_the_latest_snapshots_count_for_persistence_and_all_of_them_for_the_papers_rules():
-    assert counted([1, 2, 3], Settings(latest=2)) == [2, 3]
-    assert counted([1, 2, 3], Settings(latest=2, rule="persistence")) == [2, 3]
-    assert counted([1, 2, 3], Settings(latest=5)) == [1, 2, 3]
+    scales, moments = (0.7, 0.1, 0.5), [1, 2, 3]
+
+    def looks(**chosen):
+        return looked_at(moments, Settings(scales=scales, coarsest=0.5, **chosen))
+
+    evidence, every = (0.1, 0.5), (0.1, 0.5, 0.7)
+    assert looks(latest=2) == {1: (), 2: evidence, 3: every}
+    assert looks(latest=2, rule="persistence") == {1: (), 2: evidence, 3: evidence}
+    assert looks(latest=5) == {1: evidence, 2: evidence, 3: every}
     for rule in ("text", "algorithm1", "per_label"):
-        assert counted([1, 2, 3], Settings(latest=2, rule=rule)) == [1, 2, 3]
+        assert looks(latest=2, rule=rule) == dict.fromkeys(moments, evidence)
 
 
 def test_a_row_nearer_to_another_labels_mean_is_a_stray_whether_clustered_or_not():
@@ -131,9 +137,10 @@ def test_a_row_nearer_to_another_labels_mean_is_a_stray_whether_clustered_or_not
     labels = there.labels.copy()
     moved = np.flatnonzero(labels == 2)[:7]
     labels[moved] = 3
-    for clustered in (True, False):
-        seen = observe(there.points, labels, 1.0, Settings(), CPU, clustered=clustered)
-        assert bool(seen.clusterings) == clustered
+    for scales in (None, (0.5, 0.2), ()):
+        seen = observe(there.points, labels, 1.0, Settings(), CPU, scales=scales)
+        wanted = sorted(Settings().scales if scales is None else scales)
+        assert [clusters.scale for clusters in seen.clusterings] == wanted
         assert set(moved) <= set(np.flatnonzero(seen.stray))
         assert not seen.stray[(labels == 1) | (labels == 2)].any()
 

@@ -30,7 +30,7 @@ def told_of(there, witness, **changes):
 def held(differs, *, candidates=POISON, commanded=False):
     """What is held of the first hundred rows if the check differs on these rows."""
     predicted = np.where(differs, LABELS + 1, LABELS)
-    case = Case(0, POISON, candidates, commanded, {})
+    case = Case(0, POISON, candidates, commanded, False, {})
     return judge(case, LABELS, Reclassified(candidates, CONTROLS, predicted), Settings())
 
 
@@ -76,7 +76,7 @@ def test_controls_of_the_label_count_where_it_is_harder_than_the_others():
     labels = np.where(ROW < 350, 0, 1)  # half of the controls are of another label
     differs = (ROW < 65) | (CONTROLS & (labels == 0) & (ROW % 5 < 2))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
-    case = Case(0, POISON, POISON, False, {})
+    case = Case(0, POISON, POISON, False, False, {})
     assert judge(case, labels, check, Settings()) is None  # .65 differ, of unseen benign rows .4
     usual = 21 / 102
     wrong = (20 + 8 * usual) / (50 + 8)
@@ -89,7 +89,7 @@ def test_a_label_of_few_controls_is_as_hard_as_the_others_if_none_of_them_differ
     labels = np.where(ROW < 310, 0, 1)  # ten of the hundred controls are of this label
     differs = POISON | (CONTROLS & (ROW == 399))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
-    case = Case(0, POISON, POISON, False, {})
+    case = Case(0, POISON, POISON, False, False, {})
     judge(case, labels, check, Settings())
     assert case.told["wrong_on_controls"] == pytest.approx(2 / 102, abs=1e-3)
 
@@ -129,12 +129,29 @@ def test_an_uncommanded_label_that_keeps_its_label_is_cleared():
     assert not told.suspect.any()
 
 
-def test_rows_a_sure_check_names_in_a_commanded_label_stand_though_no_probe_knows_them():
-    """The second half of the poison looks like nothing else; only the check can name it."""
+def strays_of(there, also):
+    """A sighting in which the poison, and these rows, still lie with other classes."""
+    early, (one, two) = there.points.copy(), (np.flatnonzero(there.labels == y)[0] for y in (1, 2))
+    early[there.poison | also] = there.points[one]
+    early[there.poison & (np.cumsum(there.poison) % 2 == 0)] = there.points[two]
+    return observe(early, there.labels, 1.0, Settings(), CPU, scales=())
+
+
+def test_rows_a_sure_check_names_stand_where_strays_led_to_them_though_no_probe_knows_them():
+    """Half of the poison ends among benign rows of its label: only the check can tell."""
     there = world()
     lost = there.poison & (np.cumsum(there.poison) > 20)
-    there.points[lost] = np.random.default_rng(1).normal(0, 3, (20, 20))
-    told = told_of(there, oracle(there, commands=1.0))
+    benign = np.flatnonzero((there.labels == 0) & ~there.poison)
+    there.points[lost] = there.points[benign[:20]] + 0.01
+    also = np.isin(np.arange(len(lost)), benign[-5:])
+    nobody, last = (
+        np.zeros(len(lost), bool),
+        observe(there.points, there.labels, 2.0, Settings(), CPU),
+    )
+    seen, share = [strays_of(there, also), last], nobody.astype(np.float32)
+    told = verify(nobody, share, seen, there.labels, Settings(), CPU, oracle(there, commands=1.0))
+    (label,) = told.notes["labels"]
+    assert label["chosen"] == "strays" and label["rows"] == 45 and label["grown"] < 40
     np.testing.assert_array_equal(told.suspect, there.poison)
 
 

@@ -6,6 +6,7 @@ come changes nothing, not even a rounding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -30,16 +31,17 @@ def observe(
     settings: Settings,
     backend: Backend,
     *,
-    clustered: bool = True,
+    scales: Sequence[float] | None = None,
 ) -> Sighting:
-    """One snapshot's features (N, D): strays and, if asked for, clusters at every scale.
+    """One snapshot's features (N, D): strays, and clusters at these scales, or at all.
 
     All rows are clustered together, or each label's alone, as the rule wants it.
     """
     xp = backend.xp
     labels = xp.asarray(labels)
     stray = strays(points, labels, xp)
-    if not clustered:
+    scales = sorted(settings.scales if scales is None else scales)
+    if not scales:
         return Sighting(epoch, (), least_neighbours(len(points), settings), stray)
     order = own_order(points, labels, xp)
     z, labels = embed(points, order, settings.pca, xp), labels[order]
@@ -50,7 +52,7 @@ def observe(
     asked, reach = zip(*(_reach(z, rows, settings, backend) for rows in rooms), strict=True)
     n_classes, back = int(labels.max()) + 1, xp.argsort(order)
     clusterings = []
-    for scale in sorted(settings.scales):
+    for scale in scales:
         of_row, n_clusters = xp.full(len(z), -1, xp.int32), 0
         for rows, near in zip(rooms, reach, strict=True):
             eps = max(float(xp.quantile(near, scale)), SMALLEST_EPS)

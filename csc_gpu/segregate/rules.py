@@ -64,9 +64,19 @@ RULES: dict[str, Rule] = {
 }
 
 
-def counted(snapshots: Sequence[T], settings: Settings) -> Sequence[T]:
-    """Those of the watched snapshots, in order, that the rule counts."""
-    return snapshots[-settings.latest :] if RULES[settings.rule].persistent else snapshots
+def looked_at(snapshots: Sequence[T], settings: Settings) -> dict[T, tuple[float, ...]]:
+    """The scales at which each of the watched snapshots, in order, is clustered; () for some.
+
+    Scales that give no evidence only part rows from their home, at the last, and cost most.
+    """
+    rule = RULES[settings.rule]
+    scales = tuple(sorted(settings.scales))
+    counted = snapshots[-settings.latest :] if rule.persistent else snapshots
+    found: dict[T, tuple[float, ...]] = {snapshot: () for snapshot in snapshots}
+    found |= {s: tuple(q for q in scales if q <= settings.coarsest) for s in counted}
+    if rule.verified:
+        found[snapshots[-1]] = scales
+    return found
 
 
 @dataclass(frozen=True)

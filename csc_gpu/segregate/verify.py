@@ -78,6 +78,7 @@ class Case:
     poison: Mask  # (N,) rows held to be its poison
     candidates: Mask  # (N,) rows that the check should not learn from; the poison among them
     is_commanded: bool  # whether a trigger was found
+    by_strays: bool  # whether strays led to it: then a probe may know none of the poison again
     told: dict[str, Any]
 
     @property
@@ -130,7 +131,7 @@ def verify(
             cleared.append(case.label)
             continue
         known = court.coherent(case.label, held)
-        rows = held if case.is_commanded else known.rows
+        rows = held if case.by_strays else known.rows | case.firm
         case.told["flagged"] = int(rows.sum())
         suspect = suspect | rows
         belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
@@ -271,7 +272,9 @@ def opened(court: Court, label: int, tried: list[Group], triggers: list[Group | 
         "rows": int(chosen.rows.sum()),
         "grown": int(poison.sum()),
     }
-    return Case(label, poison, candidates | poison, explained is not None, told)
+    is_commanded = explained is not None
+    by_strays = is_commanded and chosen.kind == "strays"
+    return Case(label, poison, candidates | poison, is_commanded, by_strays, told)
 
 
 def judge(
