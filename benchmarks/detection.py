@@ -42,7 +42,8 @@ RATES = {
 TARGETS = ("0", "3", "7", "1", "5", "9")
 """The target of seed 0, 1, 2, ... where none are given."""
 CSC_GPU = (sys.executable, "-m", "csc_gpu")
-DEFAULT = "two-stage"
+DEFAULT, ORACLE = "two-stage", "oracle"
+"""The rule that is judged in full, and one that reads the key: what perfect detection gives."""
 
 
 @click.group()
@@ -150,6 +151,7 @@ def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -
     cells = [json.loads(path.read_text()) for path in sorted(work.glob(f"{only}*/cell.json"))]
     known = [(key_of(line), line["rule"]) for line in read(out)]
     todo = [(c, rule) for rule in rules for c in cells if (key_of(c), rule) not in known]
+    todo = [(c, rule) for c, rule in todo if rule != ORACLE or c["attack"] != "none"]
     click.echo(f"{len(cells)} cells, {len(todo)} judgements to make")
     with ThreadPoolExecutor(jobs) as pool:
         asked = [pool.submit(judged, cell, rule, work) for cell, rule in todo]
@@ -186,7 +188,7 @@ def one(place: Path, rule: str) -> None:
 
 def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     """The line of a cell and a rule: scores before and after, detection, notes, seconds."""
-    from csc_gpu import answers, csc, evaluate, run, segregate, sources
+    from csc_gpu import answers, csc, evaluate, run, sources
     from csc_gpu.backend import open_backend
     from csc_gpu.backend.doctor import describe
     from csc_gpu.config import override, read_toml
@@ -195,7 +197,8 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     summary = json.loads((place / "run" / "summary.json").read_text())
     of_run = read_toml(place / "run" / "settings.toml")
     changes = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
-    changes |= {"segregate.rule": rule, "recover.on": rule == DEFAULT}
+    changes |= {} if rule == ORACLE else {"segregate.rule": rule}
+    changes |= {"recover.on": rule in (DEFAULT, ORACLE)}
     settings, cpu = override(csc.Settings(), changes), open_backend("cpu", 1)
     corpus = sources.load(str(place / "poisoned"), settings.data, backend=cpu).train
     key = answers.load_key(place / "poisoned" / "key.npz")
@@ -203,29 +206,20 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     if snapshots.names.paths != corpus.paths:
         raise click.ClickException(f"{place}: the features are of another corpus; train it again")
 
-    start, clock = used(), csc.Stopwatch(cpu)
-    with clock("cluster"):
-        scales = segregate.looked_at(range(len(snapshots.epoch)), settings.segregate)
-        sightings = tuple(
-            segregate.observe(
-                snapshots.features[number],
-                corpus.labels,
-                float(epoch),
-                settings.segregate,
-                cpu,
-                scales=scales[number],
-            )
-            for number, epoch in enumerate(snapshots.epoch)
-        )
-    model = run.load_model(place / "run" / "undefended.safetensors", summary, corpus.n_classes)
-    learnt = csc.Learnt(model, sightings)
-    outcome = csc.conclude(learnt, corpus, settings, cpu, clock, seed=cell["seed"])
-    spent = used() - start
-
     at = {path: row for row, path in enumerate(key.paths)}
     rows = [at[path] for path in corpus.paths]
+    start, clock = used(), csc.Stopwatch(cpu)
+    model = run.load_model(place / "run" / "undefended.safetensors", summary, corpus.n_classes)
+    if rule == ORACLE:
+        outcome = told_the_truth(model, corpus, key.is_poison[rows], settings, cpu, cell["seed"])
+    else:
+        learnt = csc.Learnt(model, sighted(snapshots, settings.segregate, cpu, clock))
+        outcome = csc.conclude(learnt, corpus, settings, cpu, clock, seed=cell["seed"])
+    spent = used() - start
+
     found = outcome.segregation
-    run.save_suspects(place / f"{rule}.csv", snapshots.names, found)
+    if rule != ORACLE:
+        run.save_suspects(place / f"{rule}.csv", snapshots.names, found)
     suspect, score = found.suspect.copy(), found.score.copy()
     suspect[rows], score[rows] = found.suspect, found.score
     scored = lambda net: evaluate.accuracy_and_attack(net, key, corpus.n_classes, cpu)  # noqa: E731
@@ -251,6 +245,44 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "versions": describe(),
     }
+
+
+def sighted(snapshots: Any, settings: Any, backend: Any, clock: Any) -> tuple[Any, ...]:
+    """Every snapshot clustered as training would have done it."""
+    from csc_gpu import segregate
+
+    scales = segregate.looked_at(range(len(snapshots.epoch)), settings)
+    with clock("cluster"):
+        return tuple(
+            segregate.observe(
+                snapshots.features[number],
+                snapshots.labels,
+                float(epoch),
+                settings,
+                backend,
+                scales=scales[number],
+            )
+            for number, epoch in enumerate(snapshots.epoch)
+        )
+
+
+def told_the_truth(
+    model: Any, corpus: Any, poison: Any, settings: Any, backend: Any, seed: int
+) -> Any:
+    """What CSC ends with if its suspects are the poison; the net without them has this seed."""
+    import numpy as np
+
+    from csc_gpu import conceal, csc, recover, train
+    from csc_gpu.types import Outcome, Segregation
+
+    net = csc.fresh_model(corpus, settings, backend, seed=seed)
+    rows = np.flatnonzero(~poison)
+    for _ in train.train(net, corpus, settings.train, backend, seed=seed, rows=rows):
+        pass
+    concealed = conceal.conceal(model, corpus, poison, settings.conceal, backend, seed=seed)
+    verdict = Segregation(poison, poison.astype(np.float32), {}, {})
+    recovered = recover.Recovered(net, ORACLE)
+    return Outcome(concealed, model, corpus.n_classes, verdict, {}, {}, recovered)
 
 
 def clean_net(place: Path, cell: dict[str, Any], corpus: Any) -> Any:

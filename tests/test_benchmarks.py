@@ -543,6 +543,12 @@ def test_a_cell_trained_and_judged_has_every_figure_of_a_line(tmp_path, monkeypa
     assert rows[0][3] == "1"
     assert "CPU-s" in detection.said(line)
 
+    truth = json.loads(json.dumps(detection.judge_cell(place, detection.ORACLE)))
+    assert truth["detection"]["counts"]["tpr"] == [144, 144]
+    assert truth["detection"]["counts"]["fpr"][0] == 0
+    assert truth["recovered_from"] == "oracle" and truth["recovered"]["argmax_over"] == 10
+    assert truth["after"]["argmax_over"] == 11
+
 
 # --- end to end -----------------------------------------------------------------------------------
 
