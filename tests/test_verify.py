@@ -27,11 +27,12 @@ def told_of(there, witness, **changes):
     return segregate([sighting], there.labels, settings, CPU, witness)
 
 
-def held(differs, *, candidates=POISON, commanded=False):
+def held(differs, *, candidates=POISON, commanded=False, commands=1.0):
     """What is held of the first hundred rows if the check differs on these rows."""
     predicted = np.where(differs, LABELS + 1, LABELS)
-    case = Case(0, POISON, candidates, commanded, False, {})
-    return judge(case, LABELS, Reclassified(candidates, CONTROLS, predicted), Settings())
+    case = Case(0, POISON, candidates, commanded, commands, False, {})
+    word = judge(case, LABELS, Reclassified(candidates, CONTROLS, predicted), Settings())
+    return word and word.poison
 
 
 # ------------------------------------------------------------------------------------------- judge
@@ -72,11 +73,30 @@ def test_a_label_that_keeps_its_rows_is_cleared_unless_a_pattern_commands_it():
     np.testing.assert_array_equal(held(np.zeros(400, bool), commanded=True), POISON)
 
 
+def test_a_sure_check_that_confirms_the_label_clears_it_unless_it_is_surely_commanded():
+    nowhere = np.zeros(400, bool)
+    assert held(nowhere, commanded=True, commands=0.79) is None
+    np.testing.assert_array_equal(held(nowhere, commanded=True, commands=0.8), POISON)
+    unsure = CONTROLS & (ROW % 3 == 0)
+    np.testing.assert_array_equal(held(unsure, commanded=True, commands=0.6), POISON)
+
+
+def test_what_a_check_confirms_counts_if_it_is_sure_and_the_label_false():
+    def confirmed(differs):
+        case = Case(0, POISON, POISON, True, 1.0, False, {})
+        check = Reclassified(POISON, CONTROLS, np.where(differs, LABELS + 1, LABELS))
+        return judge(case, LABELS, check, Settings()).confirmed
+
+    np.testing.assert_array_equal(confirmed(ROW < 90), ROW >= 90)
+    assert not confirmed(ROW < 40).any()  # poison whose labels are true, it may be
+    assert not confirmed((ROW < 90) | (CONTROLS & (ROW % 3 == 0))).any()
+
+
 def test_controls_of_the_label_count_where_it_is_harder_than_the_others():
     labels = np.where(ROW < 350, 0, 1)  # half of the controls are of another label
     differs = (ROW < 65) | (CONTROLS & (labels == 0) & (ROW % 5 < 2))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
-    case = Case(0, POISON, POISON, False, False, {})
+    case = Case(0, POISON, POISON, False, 0.0, False, {})
     assert judge(case, labels, check, Settings()) is None  # .65 differ, of unseen benign rows .4
     usual = 21 / 102
     wrong = (20 + 8 * usual) / (50 + 8)
@@ -89,7 +109,7 @@ def test_a_label_of_few_controls_is_as_hard_as_the_others_if_none_of_them_differ
     labels = np.where(ROW < 310, 0, 1)  # ten of the hundred controls are of this label
     differs = POISON | (CONTROLS & (ROW == 399))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
-    case = Case(0, POISON, POISON, False, False, {})
+    case = Case(0, POISON, POISON, False, 0.0, False, {})
     judge(case, labels, check, Settings())
     assert case.told["wrong_on_controls"] == pytest.approx(2 / 102, abs=1e-3)
 
@@ -152,6 +172,22 @@ def test_rows_a_sure_check_names_stand_where_strays_led_to_them_though_no_probe_
     told = verify(nobody, share, seen, there.labels, Settings(), CPU, oracle(there, commands=1.0))
     (label,) = told.notes["labels"]
     assert label["chosen"] == "strays" and label["rows"] == 45 and label["grown"] < 40
+    np.testing.assert_array_equal(told.suspect, there.poison)
+
+
+def test_rows_of_a_core_go_free_where_check_and_probe_agree_that_they_are_benign():
+    """A third witness is not enough: each alone would free poison, too."""
+    there = world()
+    benign = np.flatnonzero((there.labels == 0) & ~there.poison)[:10]
+    core = there.poison.copy()
+    core[benign] = True
+    like_benign = np.flatnonzero(there.poison)[:3]  # the check alone can tell
+    there.points[like_benign] = there.points[benign[:3]] + 0.01
+    like_label = np.flatnonzero(there.poison)[-3:]  # the probe alone can tell
+    there.truth[like_label] = 0
+    last = observe(there.points, there.labels, 1.0, Settings(), CPU)
+    share = core.astype(np.float32)
+    told = verify(core, share, [last], there.labels, Settings(), CPU, oracle(there, commands=1.0))
     np.testing.assert_array_equal(told.suspect, there.poison)
 
 

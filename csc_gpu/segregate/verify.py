@@ -78,12 +78,13 @@ class Case:
     poison: Mask  # (N,) rows held to be its poison
     candidates: Mask  # (N,) rows that the check should not learn from; the poison among them
     is_commanded: bool  # whether a trigger was found
+    commands: float  # how many images of other labels the group's pattern sends to the label. 0..1
     by_strays: bool  # whether strays led to it: then a probe may know none of the poison again
     told: dict[str, Any]
 
     @property
     def firm(self) -> Mask:
-        """The rows that a trigger explains, and their kin: no check frees them. (N,)"""
+        """The rows that a trigger explains, and their kin: no check alone frees them. (N,)"""
         return self.poison & self.is_commanded
 
 
@@ -126,12 +127,13 @@ def verify(
     check = witness.reclassify(left_out)
     suspect, belief, cleared = np.zeros(len(labels), bool), share, []
     for case in cases:
-        held = judge(case, labels, check, settings)
-        if held is None:
+        word = judge(case, labels, check, settings)
+        if word is None:
             cleared.append(case.label)
             continue
-        known = court.coherent(case.label, held)
-        rows = held if case.by_strays else known.rows | case.firm
+        known = court.coherent(case.label, word.poison)
+        rows = word.poison if case.by_strays else known.rows | case.firm
+        rows = rows & (known.rows | ~word.confirmed)
         case.told["flagged"] = int(rows.sum())
         suspect = suspect | rows
         belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
@@ -274,19 +276,28 @@ def opened(court: Court, label: int, tried: list[Group], triggers: list[Group | 
     }
     is_commanded = explained is not None
     by_strays = is_commanded and chosen.kind == "strays"
-    return Case(label, poison, candidates | poison, is_commanded, by_strays, told)
+    candidates = candidates | poison
+    return Case(label, poison, candidates, is_commanded, chosen.commands, by_strays, told)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What the check says of a suspected label."""
+
+    poison: Mask  # (N,) rows held to be its poison
+    confirmed: Mask  # (N,) rows rightly labelled, as far as a check that is to be trusted can tell
 
 
 def judge(
     case: Case, labels: NDArray[np.int64], check: Reclassified, settings: Settings
-) -> Mask | None:
-    """The rows of a label held to be poison after the check; None if the label is cleared.
+) -> Word | None:
+    """What the check says of a label; None if it is cleared.
 
     If a share `differs` of a group is predicted otherwise, and a share `wrong` of unseen benign
     rows is, the group's share of poison is (differs - wrong) / (1 - wrong), were all poison to
     differ. Of the differing rows, poison / differs are then poison: enough, and they are kept.
-    Where the check is unsure, or confirms the label of rows on which a trigger was found (poison
-    with a true label), the rows stand as they are.
+    Where the check is unsure the rows stand as they are, and where it confirms the label of rows
+    that command it (poison with a true label); if it is sure of that, they must command it surely.
     """
     ours = labels == case.label
     differs = check.predicted != labels
@@ -306,16 +317,17 @@ def judge(
     case.told["wrong_on_controls"] = round(wrong, 4)
     case.told["checked"] = [int(group.sum()) for group in groups]
     case.told["poison_share"] = [round(poison_share(group), 4) for group in groups]
-    if not false_label and not case.is_commanded:
+    is_sure, nobody = wrong <= UNSURE, np.zeros_like(ours)
+    if not false_label and not (case.is_commanded and (case.commands >= SURELY or not is_sure)):
         return None
-    if wrong > UNSURE or not false_label:
-        return case.poison
+    if not is_sure or not false_label:
+        return Word(case.poison, nobody)
     poison = case.firm
     for group in groups:
         share = poison_share(group)
         if share > 0 and share >= TRUSTED * float(differs[group].mean()):
             poison = poison | (group & differs)
-    return poison if poison.any() else case.poison
+    return Word(poison, ours & ~differs) if poison.any() else Word(case.poison, nobody)
 
 
 def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
