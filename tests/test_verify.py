@@ -175,6 +175,21 @@ def test_rows_a_sure_check_names_stand_where_strays_led_to_them_though_no_probe_
     np.testing.assert_array_equal(told.suspect, there.poison)
 
 
+@pytest.mark.parametrize(("odd", "stand"), [(0, True), (10, True), (30, False)])
+def test_candidates_that_no_probe_knows_stand_if_most_of_them_are_poison(odd: int, stand: bool):
+    """Half of the poison, and some benign rows, look like nothing else: all are candidates."""
+    there = world()
+    lost = there.poison & (np.cumsum(there.poison) > 20)
+    lost[np.flatnonzero((there.labels == 0) & ~there.poison)[:odd]] = True
+    there.points[lost] = np.random.default_rng(1).normal(0, 3, (20 + odd, 20))
+    last = observe(there.points, there.labels, 1.0, Settings(), CPU)
+    core = there.poison & ~lost
+    share = core.astype(np.float32)
+    told = verify(core, share, [last], there.labels, Settings(), CPU, oracle(there, commands=1.0))
+    np.testing.assert_array_equal(told.suspect & ~there.poison, False)
+    assert bool(told.suspect[lost & there.poison].all()) == stand
+
+
 def test_rows_of_a_core_go_free_where_check_and_probe_agree_that_they_are_benign():
     """A third witness is not enough: each alone would free poison, too."""
     there = world()

@@ -37,6 +37,9 @@ MOST_OF_LABEL = 0.5
 says nothing about it."""
 TRUSTED = 0.9
 """Share of poison among rows from which they are kept."""
+MOSTLY = 0.5
+"""Share of poison in a group from which no probe is asked about the rows that the check names: of
+benign rows that were left out as one kind, up to a third had differed."""
 UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
 USUAL = 0.75
@@ -132,8 +135,7 @@ def verify(
             cleared.append(case.label)
             continue
         known = court.coherent(case.label, word.poison)
-        rows = word.poison if case.by_strays else known.rows | case.firm
-        rows = rows & (known.rows | ~word.confirmed)
+        rows = known.rows | (word.stands & ~word.confirmed)
         case.told["flagged"] = int(rows.sum())
         suspect = suspect | rows
         belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
@@ -285,6 +287,7 @@ class Word:
     """What the check says of a suspected label."""
 
     poison: Mask  # (N,) rows held to be its poison
+    stands: Mask  # (N,) those of them that need not be known again by a probe
     confirmed: Mask  # (N,) rows rightly labelled, as far as a check that is to be trusted can tell
 
 
@@ -321,13 +324,17 @@ def judge(
     if not false_label and not (case.is_commanded and (case.commands >= SURELY or not is_sure)):
         return None
     if not is_sure or not false_label:
-        return Word(case.poison, nobody)
-    poison = case.firm
+        return Word(case.poison, case.firm, nobody)
+    poison = stands = case.firm
     for group in groups:
-        share = poison_share(group)
+        share, named = poison_share(group), group & differs
         if share > 0 and share >= TRUSTED * float(differs[group].mean()):
-            poison = poison | (group & differs)
-    return Word(poison, ours & ~differs) if poison.any() else Word(case.poison, nobody)
+            poison = poison | named
+            if case.is_commanded and (case.by_strays or share >= MOSTLY):
+                stands = stands | named
+    if not poison.any():
+        return Word(case.poison, nobody, nobody)
+    return Word(poison, stands, ours & ~differs)
 
 
 def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
