@@ -91,7 +91,7 @@ class AnswerKey:
 
     is_poison: Mask  # (N,) stamped rows that teach the backdoor
     is_cover: Mask  # (N,) stamped rows that keep their true label; counted as clean
-    orig_labels: NDArray[np.int64]  # (N,) before relabelling
+    orig_labels: NDArray[np.int64]  # (N,) before relabelling; -1: not known
     given_labels: NDArray[np.int64]  # (N,) as the defender sees them
     paths: tuple[str, ...]  # N, to join with a run's suspects
     test: NDArray[np.uint8]  # (M, H, W, 3) clean held-out images
@@ -116,7 +116,7 @@ class Clusters:
     of_row: Array  # (N,) int32, -1..K-1, on the device
     size: Array  # (K,) rows in each cluster
     labels: Array  # (K, C) how many rows of each label a cluster holds
-    density: Array  # (K,) 1 / median k-distance of its rows
+    density: Array  # (K,) 1 / mean k-distance of its rows
     eps: float  # DBSCAN radius, in units of the embedded features; NaN: one for each label
     scale: float  # the quantile of the k-distance that eps was taken from
 

@@ -30,7 +30,7 @@ def told_of(there, witness, **changes):
 def held(differs, *, candidates=POISON, commanded=False, commands=1.0):
     """What is held of the first hundred rows if the check differs on these rows."""
     predicted = np.where(differs, LABELS + 1, LABELS)
-    case = Case(0, POISON, candidates, commanded, commands, False, {})
+    case = Case(0, POISON, candidates, commanded, commands, 0.5, {})
     word = judge(case, LABELS, Reclassified(candidates, CONTROLS, predicted), Settings())
     return word and word.poison
 
@@ -83,7 +83,7 @@ def test_a_sure_check_that_confirms_the_label_clears_it_unless_it_is_surely_comm
 
 def test_what_a_check_confirms_counts_if_it_is_sure_and_the_label_false():
     def confirmed(differs):
-        case = Case(0, POISON, POISON, True, 1.0, False, {})
+        case = Case(0, POISON, POISON, True, 1.0, 0.5, {})
         check = Reclassified(POISON, CONTROLS, np.where(differs, LABELS + 1, LABELS))
         return judge(case, LABELS, check, Settings()).confirmed
 
@@ -96,7 +96,7 @@ def test_controls_of_the_label_count_where_it_is_harder_than_the_others():
     labels = np.where(ROW < 350, 0, 1)  # half of the controls are of another label
     differs = (ROW < 65) | (CONTROLS & (labels == 0) & (ROW % 5 < 2))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
-    case = Case(0, POISON, POISON, False, 0.0, False, {})
+    case = Case(0, POISON, POISON, False, 0.0, 0.5, {})
     assert judge(case, labels, check, Settings()) is None  # .65 differ, of unseen benign rows .4
     usual = 21 / 102
     wrong = (20 + 8 * usual) / (50 + 8)
@@ -109,7 +109,7 @@ def test_a_label_of_few_controls_is_as_hard_as_the_others_if_none_of_them_differ
     labels = np.where(ROW < 310, 0, 1)  # ten of the hundred controls are of this label
     differs = POISON | (CONTROLS & (ROW == 399))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
-    case = Case(0, POISON, POISON, False, 0.0, False, {})
+    case = Case(0, POISON, POISON, False, 0.0, 0.5, {})
     judge(case, labels, check, Settings())
     assert case.told["wrong_on_controls"] == pytest.approx(2 / 102, abs=1e-3)
 
@@ -121,12 +121,14 @@ def test_a_share_of_few_rows_is_pulled_to_one_half():
     assert wrong_on(~nobody, nobody, 0.3, 8) == pytest.approx(2.4 / 12)
 
 
-def test_a_label_with_a_tenth_of_the_core_and_rows_enough_is_suspected():
+def test_a_label_with_rows_enough_and_a_tenth_of_what_the_first_has_is_suspected():
     labels = np.repeat([0, 1, 2, 3], [60, 30, 9, 7])
     core = np.ones(len(labels), bool)
-    assert suspected_labels(labels, core, Settings()) == [0, 1]  # a tenth is 10.6 rows
-    assert suspected_labels(labels, core, Settings(label_share=0.01)) == [0, 1, 2]
+    assert suspected_labels(labels, core, Settings()) == [0, 1, 2]  # 7 rows are too few
+    assert suspected_labels(labels, core, Settings(label_share=0.2)) == [0, 1]
     assert suspected_labels(labels, ~core, Settings()) == []
+    even = np.repeat(np.arange(43), 12)  # all-to-all: each label has a 43rd of the core
+    assert len(suspected_labels(even, np.ones(len(even), bool), Settings())) == 43
 
 
 # ----------------------------------------------------------------------------------- all together
@@ -175,19 +177,32 @@ def test_rows_a_sure_check_names_stand_where_strays_led_to_them_though_no_probe_
     np.testing.assert_array_equal(told.suspect, there.poison)
 
 
-@pytest.mark.parametrize(("odd", "stand"), [(0, True), (10, True), (30, False)])
-def test_candidates_that_no_probe_knows_stand_if_most_of_them_are_poison(odd: int, stand: bool):
-    """Half of the poison, and some benign rows, look like nothing else: all are candidates."""
+def scattered(rows: str):
+    """The verdict where half of a label's candidates lie anywhere: no probe knows them again."""
     there = world()
     lost = there.poison & (np.cumsum(there.poison) > 20)
-    lost[np.flatnonzero((there.labels == 0) & ~there.poison)[:odd]] = True
-    there.points[lost] = np.random.default_rng(1).normal(0, 3, (20 + odd, 20))
+    if rows == "mislabelled":
+        lost = np.isin(
+            np.arange(len(lost)), np.flatnonzero((there.labels == 0) & ~there.poison)[:20]
+        )
+        there.truth[lost] = 1
+    there.points[lost] = np.random.default_rng(1).normal(0, 3, (20, 20))
     last = observe(there.points, there.labels, 1.0, Settings(), CPU)
     core = there.poison & ~lost
     share = core.astype(np.float32)
     told = verify(core, share, [last], there.labels, Settings(), CPU, oracle(there, commands=1.0))
-    np.testing.assert_array_equal(told.suspect & ~there.poison, False)
-    assert bool(told.suspect[lost & there.poison].all()) == stand
+    assert told.notes["labels"][0]["added"][0] == 20  # the check names them all
+    return told.suspect, there.poison
+
+
+def test_what_the_check_adds_stands_if_its_own_pattern_commands_the_label():
+    np.testing.assert_array_equal(*scattered("poison"))
+
+
+def test_mislabelled_rows_of_an_attacked_label_are_no_poison_though_the_check_names_them():
+    suspect, poison = scattered("mislabelled")
+    assert suspect[poison].all()
+    assert (suspect & ~poison).sum() <= 2  # scattered where the poison is
 
 
 def test_rows_of_a_core_go_free_where_check_and_probe_agree_that_they_are_benign():

@@ -149,7 +149,7 @@ def describe(
     """Of each cluster: its rows (K,), its rows of each label (K, C), its density (K,).
 
     Density is the number of asked rows over the sum of their k-distances: rows reach their k-th
-    neighbour sooner where it is dense.
+    neighbour sooner where it is dense. Infinite where they are all equal, 0 where none was asked.
     """
     n_clusters = int(of_row.max()) + 1
     inside = of_row >= 0
@@ -158,7 +158,9 @@ def describe(
     asked = of_asked >= 0
     count = xp.bincount(of_asked[asked], minlength=n_clusters)
     total = xp.bincount(of_asked[asked], weights=reach[asked], minlength=n_clusters)
-    return held.sum(axis=1), held, count / xp.where(total > 0, total, 1)
+    density = xp.where(count > 0, xp.inf, 0.0)
+    density = xp.where(total > 0, count / xp.where(total > 0, total, 1), density)
+    return held.sum(axis=1), held, density
 
 
 def diversity(clusters: Clusters, xp: ModuleType) -> Array:

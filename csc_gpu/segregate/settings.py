@@ -47,7 +47,7 @@ class Settings:
     k_rows: int = 20_000
     """Rows asked for their k-distance, at most."""
     label_share: float = 0.1
-    """Share of the core a label must hold to be suspected (two-stage)."""
+    """Rows of the core a label must hold to be suspected, against the label that has most of it."""
     check_epochs: int = 10
     """Epochs of the model trained without the candidates, if training has not fewer (two-stage);
     train.min_steps holds for it too."""

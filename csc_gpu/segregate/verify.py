@@ -37,9 +37,6 @@ MOST_OF_LABEL = 0.5
 says nothing about it."""
 TRUSTED = 0.9
 """Share of poison among rows from which they are kept."""
-MOSTLY = 0.5
-"""Share of poison in a group from which no probe is asked about the rows that the check names: of
-benign rows that were left out as one kind, up to a third had differed."""
 UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
 USUAL = 0.75
@@ -82,7 +79,7 @@ class Case:
     candidates: Mask  # (N,) rows that the check should not learn from; the poison among them
     is_commanded: bool  # whether a trigger was found
     commands: float  # how many images of other labels the group's pattern sends to the label. 0..1
-    by_strays: bool  # whether strays led to it: then a probe may know none of the poison again
+    limit: float  # from where that is a trigger
     told: dict[str, Any]
 
     @property
@@ -112,14 +109,15 @@ def verify(
         return Verdict(core, share, notes | {"cleared_labels": [], "labels": []})
     court = Court(labels, sightings, witness.points(), witness, settings, backend)
     groups, limits = searched(court)
+    best = {y: max((g.commands for g in tried), default=0.0) for y, tried in groups.items()}
+    notes["commands"] = [round(share, 3) for share in best.values()]  # of every label
     cases = []
     for label, tried in groups.items():
         if label in live:
             tried.insert(0, court.core(label, core))
         triggers = [court.trigger(label, group, limits[label]) for group in tried]
         if label in live or any(triggers):
-            cases.append(opened(court, label, tried, triggers))
-            cases[-1].told["limit"] = round(limits[label], 3)
+            cases.append(opened(court, label, tried, triggers, limits[label]))
     notes["suspected_labels"] = [case.label for case in cases]
     if not cases:
         notes |= {"cleared_labels": [], "labels": []}
@@ -135,7 +133,7 @@ def verify(
             cleared.append(case.label)
             continue
         known = court.coherent(case.label, word.poison)
-        rows = known.rows | (word.stands & ~word.confirmed)
+        rows = known.rows | (firm_rows(court, case, word) & ~word.confirmed)
         case.told["flagged"] = int(rows.sum())
         suspect = suspect | rows
         belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
@@ -252,7 +250,9 @@ class Court:
         return replace(group, rows=group.rest, rest=group.rows) if alone[1] > alone[0] else group
 
 
-def opened(court: Court, label: int, tried: list[Group], triggers: list[Group | None]) -> Case:
+def opened(
+    court: Court, label: int, tried: list[Group], triggers: list[Group | None], limit: float
+) -> Case:
     """Hold the group that a trigger explains best for the poison, and grow it by its kin.
 
     A core goes before mixed groups. Where no trigger was found, it awaits the check as it is.
@@ -271,15 +271,29 @@ def opened(court: Court, label: int, tried: list[Group], triggers: list[Group | 
     told = {
         "label": label,
         "commands": [[group.kind, round(group.commands, 3)] for group in tried],
+        "limit": round(limit, 3),
         "trigger": explained is not None,
         "chosen": chosen.kind,
         "rows": int(chosen.rows.sum()),
         "grown": int(poison.sum()),
     }
-    is_commanded = explained is not None
-    by_strays = is_commanded and chosen.kind == "strays"
-    candidates = candidates | poison
-    return Case(label, poison, candidates, is_commanded, chosen.commands, by_strays, told)
+    is_commanded, candidates = explained is not None, candidates | poison
+    return Case(label, poison, candidates, is_commanded, chosen.commands, limit, told)
+
+
+def firm_rows(court: Court, case: Case, word: Word) -> Mask:
+    """The rows that need not be known again by a probe: a trigger explains them. (N,)
+
+    Those that the check has added must command the label by a pattern of their own: a false label
+    alone, as label noise has it, is no poison.
+    """
+    added = word.poison & ~case.poison
+    if not (case.is_commanded and added.any()):
+        return case.firm
+    rest = (court.labels == case.label) & ~word.poison
+    commands = court.commands(case.label, added, rest)
+    case.told["added"] = [int(added.sum()), round(commands, 3)]
+    return case.firm | (added & (commands >= case.limit))
 
 
 @dataclass(frozen=True)
@@ -287,7 +301,6 @@ class Word:
     """What the check says of a suspected label."""
 
     poison: Mask  # (N,) rows held to be its poison
-    stands: Mask  # (N,) those of them that need not be known again by a probe
     confirmed: Mask  # (N,) rows rightly labelled, as far as a check that is to be trusted can tell
 
 
@@ -324,23 +337,19 @@ def judge(
     if not false_label and not (case.is_commanded and (case.commands >= SURELY or not is_sure)):
         return None
     if not is_sure or not false_label:
-        return Word(case.poison, case.firm, nobody)
-    poison = stands = case.firm
+        return Word(case.poison, nobody)
+    poison = case.firm
     for group in groups:
-        share, named = poison_share(group), group & differs
+        share = poison_share(group)
         if share > 0 and share >= TRUSTED * float(differs[group].mean()):
-            poison = poison | named
-            if case.is_commanded and (case.by_strays or share >= MOSTLY):
-                stands = stands | named
-    if not poison.any():
-        return Word(case.poison, nobody, nobody)
-    return Word(poison, stands, ours & ~differs)
+            poison = poison | (group & differs)
+    return Word(poison, ours & ~differs) if poison.any() else Word(case.poison, nobody)
 
 
 def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
-    """Labels that hold a tenth of the core and enough rows of it to be no accident."""
-    held = np.bincount(labels[core])
-    enough = max(settings.min_rows, settings.label_share * core.sum())
+    """Labels with enough rows of the core to be no accident: a tenth of what the first has."""
+    held = np.bincount(labels[core], minlength=1)
+    enough = max(settings.min_rows, settings.label_share * held.max())
     return [int(label) for label in np.flatnonzero(held >= enough)]
 
 
