@@ -212,6 +212,63 @@ def poison(
     click.echo(told)
 
 
+@cli.command(name="import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--from", "layout", required=True, help="backdoor-toolbox, backdoorbench or npy: its layout."
+)
+@click.option(
+    "--clean",
+    default="",
+    help="What the attack started from, with a test part, in the order of the set.",
+)
+@click.option(
+    "--attack", default="none", help="Stamp the test images so, if the set stores none stamped."
+)
+@click.option("--trigger", default="", help="A picture, for attacks with the setting picture.")
+@click.option("--mask", default="", help="A picture that is not black where the trigger lies.")
+@click.option(
+    "--option", "options", multiple=True, metavar="NAME=VALUE", help="A setting of the attack."
+)
+@click.option("--seed", default=0, type=COUNT, show_default=True, help="The new order of the rows.")
+@force
+def import_(
+    attack: str, trigger: str, mask: str, options: tuple[str, ...], seed: int, **what: Any
+) -> None:
+    """Read another tool's poisoned set, SOURCE, and write it to OUT as csc-gpu poison would.
+
+    SOURCE is a poisoned_train_set directory of backdoor-toolbox (or Fight-Poison-With-Poison), a
+    record directory of BackdoorBench, or a folder or .npz with images, labels and is_poison. No
+    code in it is run. --clean is a corpus as for csc-gpu train; it gives the original labels and
+    the test images, and BackdoorBench, which stores stamped images alone, cannot do without it.
+    """
+    from csc_gpu import attacks, pipeline
+
+    any_rate = 0.5  # the set has its own, and its target
+    plan = attacks.Plan(attack=attack, target="0", rate=any_rate, seed=seed)
+    settings = attacks.settings_of(attack, options, trigger, mask)
+    click.echo(pipeline.import_corpus(plan=plan, settings=settings, **what))
+
+
+@cli.command(name="export-corpus")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "layout", required=True, help="backdoor-toolbox, backdoorbench or npy: the layout."
+)
+@force
+def export_corpus(**what: Any) -> None:
+    """Write SOURCE, a corpus that csc-gpu poison or import made, to OUT for other tools.
+
+    OUT/clean is the data set to lay it over, in its order and with the true labels, and the --clean
+    of an import; the clean image of a stamped row is not known any more, so that row is black.
+    """
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.export_corpus(**what))
+
+
 @cli.command()
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run directory.")

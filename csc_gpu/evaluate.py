@@ -82,7 +82,8 @@ def detection(suspect: Mask, score: NDArray[np.floating[Any]], key: AnswerKey) -
     """
     poison = key.is_poison
     everyone = np.ones(len(poison), bool)
-    relabelled = key.orig_labels != key.given_labels
+    known = key.orig_labels >= 0  # of an imported set they may not be
+    relabelled = known & (key.orig_labels != key.given_labels)
     found = {
         "tpr": share(suspect, poison),
         "fpr": share(suspect, ~poison),
@@ -97,7 +98,7 @@ def detection(suspect: Mask, score: NDArray[np.floating[Any]], key: AnswerKey) -
         "auroc": float(roc_auc_score(poison, score)) if both else None,
         "ap": float(average_precision_score(poison, score)) if both else None,
     }
-    counted = np.bincount(key.orig_labels[suspect & ~poison])
+    counted = np.bincount(key.orig_labels[suspect & ~poison & known])
     by_class = {int(label): int(counted[label]) for label in np.flatnonzero(counted)}
     return {**_as_score(found), **ranked, "false_flags_by_class": by_class}
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from csc_gpu import answers, attacks, csc, data, evaluate, run, sources
+from csc_gpu import answers, attacks, csc, data, evaluate, foreign, run, sources
 from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
 from csc_gpu.backend import Backend, open_backend, reader
@@ -31,6 +31,8 @@ BYTES_PER_LINE = 150
 """Of suspects.csv, about."""
 NO_POISON = "no poison found"
 NOT_LOOKED = "poison was not looked for"
+AS_FLOATS = 5
+"""Most bytes that an export writes for one of ours: a float, and once more as PNG."""
 EFFECTIVE = 0.5
 """Below this attack success without a defense, none can claim to have suppressed it."""
 
@@ -73,6 +75,81 @@ def poison(
         f"{counts['poison']} of {counts['rows']} rows poisoned with {plan.attack}, {covers}"
         f"target {key.recipe['target_name']!r} (class {key.recipe['target']})\n{sheet}"
         f"corpus: {out}\nanswer key: {out / 'key.npz'}"
+    )
+
+
+# --- sets of other tools ------------------------------------------------------------------------
+
+
+def import_corpus(
+    source: Path,
+    out: Path,
+    layout: str,
+    clean: str,
+    plan: attacks.Plan,
+    settings: Any,
+    *,
+    force: bool,
+) -> str:
+    """Write another tool's poisoned set as `poison` would; what it is, in a few lines.
+
+    The plan's attack stamps the clean test images, where the set stores none with its trigger.
+    """
+    found_in = foreign.named(layout)
+    run.check_free(out, run.POISONED, force=force)
+    for place in filter(None, (str(source), clean)):
+        run.check_apart(place, out)
+    origin = {"format": layout, "path": str(source.absolute()), "clean": clean or None}
+    with Console() as log:
+        base = foreign.read_clean(clean, log) if clean else None
+        found = foreign.stamped(found_in.read(source, base, log), plan, settings)
+        split, key = foreign.adopt(found, plan, settings, origin)
+        with run.fresh_directory(out, run.POISONED, force=force) as folder:
+            answers.save_poisoned(folder, split, key, log)
+    return f"{imported(key)}\ncorpus: {out}\nanswer key: {out / 'key.npz'}"
+
+
+def imported(key: AnswerKey) -> str:
+    """What an imported set holds, and what it cannot be asked."""
+    counts, source = key.recipe["counts"], key.recipe["source"]
+    covers = f", {counts['covers']} covers" if counts["covers"] else ""
+    lines = [f"{counts['poison']} of {counts['rows']} rows are poison{covers}"]
+    if counts["poison"]:
+        lines[0] += f", labelled {key.recipe['target_name']!r}"
+    if source.get("flagged_maybe_covers"):
+        lines.append(
+            f"{source['flagged_maybe_covers']} of these may be covers: their label was kept"
+        )
+    off = source.get("trigger_off")
+    if off and off["stamped"] >= off["clean"]:
+        lines.append(
+            "warning: stamped so, clean rows are no nearer to the set's poison "
+            f"({off['stamped']:.1f} grey levels off, {off['clean']:.1f} without): another trigger?"
+        )
+    if not len(key.test):
+        lines.append("no test images (--clean): score will tell detection alone")
+    elif not len(key.triggered):
+        stored = ", with the set's own grids for wanet" if "grids" in source else ""
+        lines.append(f"no triggered test images: --attack makes some{stored}")
+    return "\n".join(lines)
+
+
+def export_corpus(source: Path, out: Path, layout: str, *, force: bool) -> str:
+    """Write a corpus of `poison` in another tool's layout; where it is, in a few lines."""
+    written_as = foreign.named(layout)
+    kind = run.Kind("export-corpus", written_as.names | {foreign.BASE})
+    run.check_free(out, kind, force=force)
+    run.check_apart(str(source), out)
+    with Console() as log:
+        key = answers.load_key(source / "key.npz")
+        split = sources.load(str(source), data.Settings(), log=log)
+        foreign.require_writable(source, split, key)
+        with run.fresh_directory(out, kind, force=force) as folder:
+            run.check_room(folder, AS_FLOATS * (split.train.images.nbytes + key.test.nbytes))
+            written_as.write(folder, split, key, out.resolve())
+            foreign.write_base(folder / foreign.BASE, split, key)
+    return (
+        f"{layout}: {out}\nclean data set in its order (stamped rows black): {out / foreign.BASE}"
     )
 
 

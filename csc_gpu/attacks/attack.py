@@ -49,6 +49,11 @@ def anyone(settings: Any) -> Whom:
     return Whom()
 
 
+def with_covers(settings: Any) -> Whom:
+    """As `anyone`, and as many covers for each poisoned row as the setting `cover` says."""
+    return Whom(covers=settings.cover)
+
+
 @dataclass(frozen=True)
 class Attack:
     """One attack: how it stamps, which rows it may take, and where it comes from."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from csc_gpu.attacks.attack import Attack, Learned, Pixels, Stamp, Whom
 from csc_gpu.attacks.catalogue import ATTACKS
+from csc_gpu.attacks.learnt import learnt
 from csc_gpu.backend import Backend
 from csc_gpu.config import override, parse_change
 from csc_gpu.errors import ConfigError
@@ -163,7 +164,9 @@ def ready(
         raise ConfigError(f"{plan.attack} learns the trigger of one target; give one class")
     if backend is None:
         raise ConfigError(f"{plan.attack} learns its trigger first and needs a machine for that")
-    tensors = attack.learn(split.train, targets[0], settings, backend, plan.seed, log)
+    tensors = learnt(
+        plan.attack, attack, split.train, targets[0], settings, backend, plan.seed, log
+    )
     return Trigger(attack, plan, Learned(settings, tensors, targets[0]), targets)
 
 
@@ -216,8 +219,8 @@ def poison(split: Split, trigger: Trigger) -> tuple[Split, AnswerKey]:
     if covers.any():
         pixels[covers] = trigger.cover(pixels[covers])
     _mislabel(labels, ~poisoned & ~covers, split.train.n_classes, plan)
-    train = _renumbered(replace(split.train, pixels=pixels, labels=labels).take(order), "train")
-    test = _renumbered(split.test, "test")
+    train = renumbered(replace(split.train, pixels=pixels, labels=labels).take(order), "train")
+    test = renumbered(split.test, "test")
     attacked = trigger.aims(test.labels, classes)
     hit = attacked >= 0
     stamped = test.images[hit]
@@ -311,7 +314,7 @@ def _mislabel(labels: Labels, pool: Mask, n_classes: int, plan: Plan) -> None:
     labels[rows] = (labels[rows] + rng.integers(1, n_classes, len(rows))) % n_classes
 
 
-def _renumbered(corpus: Corpus, part: str) -> Corpus:
+def renumbered(corpus: Corpus, part: str) -> Corpus:
     """Rows 0..N-1, each named part/class/row.png, with as many digits as the last one has."""
     digits = len(str(max(len(corpus) - 1, 0)))
     paths = tuple(
