@@ -81,6 +81,26 @@ def test_a_sure_check_that_confirms_the_label_clears_it_unless_it_is_surely_comm
     np.testing.assert_array_equal(held(unsure, commanded=True, commands=0.6), POISON)
 
 
+def test_a_label_is_surely_commanded_if_any_of_its_triggers_is_sure():
+    """The core is a poor part of the poison, the halves show the trigger; the labels are true."""
+
+    class Half(Oracle):
+        def transfers(self, group, rest, label):
+            found = super().transfers(group, rest, label)
+            return found if group.sum() > 10 else min(found, 0.6)
+
+    there = world()
+    there.truth[:] = there.labels
+    core = there.poison & (np.cumsum(there.poison) <= 10)
+    last = observe(there.points, there.labels, 1.0, Settings(), CPU)
+    share = core.astype(np.float32)
+    for commands, found in ((1.0, True), (0.7, False)):
+        witness = Half(there, 0.0, commands, np, 0)
+        told = verify(core, share, [last], there.labels, Settings(), CPU, witness)
+        assert told.notes["labels"][0]["commands"][0] == ["core", 0.6]
+        assert told.suspect[there.poison].any() == found
+
+
 def test_what_a_check_confirms_counts_if_it_is_sure_and_the_label_false():
     def confirmed(differs):
         case = Case(0, POISON, POISON, True, 1.0, 0.5, {})

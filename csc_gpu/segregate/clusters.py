@@ -158,7 +158,7 @@ def describe(
     asked = of_asked >= 0
     count = xp.bincount(of_asked[asked], minlength=n_clusters)
     total = xp.bincount(of_asked[asked], weights=reach[asked], minlength=n_clusters)
-    density = xp.where(count > 0, xp.inf, 0.0)
+    density = xp.where(count > 0, np.inf, 0.0)
     density = xp.where(total > 0, count / xp.where(total > 0, total, 1), density)
     return held.sum(axis=1), held, density
 

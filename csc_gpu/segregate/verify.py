@@ -78,7 +78,7 @@ class Case:
     poison: Mask  # (N,) rows held to be its poison
     candidates: Mask  # (N,) rows that the check should not learn from; the poison among them
     is_commanded: bool  # whether a trigger was found
-    commands: float  # how many images of other labels the group's pattern sends to the label. 0..1
+    commands: float  # share of other labels' images that the label's best trigger sends there. 0..1
     limit: float  # from where that is a trigger
     told: dict[str, Any]
 
@@ -277,8 +277,8 @@ def opened(
         "rows": int(chosen.rows.sum()),
         "grown": int(poison.sum()),
     }
-    is_commanded, candidates = explained is not None, candidates | poison
-    return Case(label, poison, candidates, is_commanded, chosen.commands, limit, told)
+    best = max((group.commands for group in known), default=0.0)
+    return Case(label, poison, candidates | poison, explained is not None, best, limit, told)
 
 
 def firm_rows(court: Court, case: Case, word: Word) -> Mask:
