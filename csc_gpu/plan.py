@@ -117,7 +117,9 @@ def _stages(shape: Shape, settings: csc.Settings, model: Net) -> dict[str, dict[
     activations = {"activations": _kept_for_backward(model, settings, shape)}
     dims, k = _dims(settings, model), min(n, least_neighbours(n, chosen))
     asked = min(asked_together(k, dims), chosen.k_rows, n)
-    return {
+    models = {"check's, concealed and recovered model": 5 * _weights(model)}
+    recover = {"recover": {**activations, **features, **seen, **models}}
+    return (recover if settings.recover.on else {}) | {
         "train": {**activations, **seen, "batch": image * settings.train.batch},
         "verify": {**activations, **features, **seen, "second model": 3 * _weights(model)},
         "features": {

@@ -48,6 +48,12 @@ def test_pixels_that_would_take_half_the_memory_are_streamed():
     assert not planned(IMAGENET, 1000 * GB).streamed
 
 
+def test_recovery_is_a_stage_of_its_own_where_it_is_asked_for():
+    assert "recover" not in planned(CIFAR, 24 * GB).stages
+    asked = planned(CIFAR, 24 * GB, recover__on=True).stages
+    assert sum(asked["recover"].values()) > sum(asked["verify"].values())
+
+
 def test_features_that_are_not_reduced_are_in_the_plan_twice():
     whole = planned(CIFAR, 24 * GB, segregate__pca=0)
     assert whole.stages["cluster"]["embedded rows"] == 50_000 * 512 * 4
