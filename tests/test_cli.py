@@ -360,7 +360,10 @@ def test_nan_in_features_is_refused(tmp_path):
         (("--attack", "none", "--rate", 0.1, "--label-noise", 1), ("--label-noise",)),
         (("--attack", "sig", "--rate", 0.5), ("--rate-of-target",)),
         (("--attack", "badnets", "--rate", 0.1, "--option", "cel=2"), ("cel", "cell")),
-        (("--attack", "badnets", "--rate", 0.1, "--trigger", "x.png"), ("badnets", "picture")),
+        (("--attack", "badnets", "--rate", 0.1, "--trigger", "x.png"), ("x.png", "picture")),
+        (("--attack", "badnets", "--rate", 0.1, "--mask", "x.png"), ("mask", "--trigger")),
+        (("--attack", "sig", "--rate", 0.1, "--trigger", "x.png"), ("sig", "picture")),
+        (("--attack", "badnet", "--rate", 0.1), ("badnet", "did you mean 'badnets'")),
     ],
 )
 def test_a_wrong_attack_is_refused(tmp_path, words, needles):

@@ -54,8 +54,8 @@ def stamp(images: Pixels, settings: Settings, rng: np.random.Generator) -> Pixel
     del rng
     if settings.picture:
         size = images.shape[1:3]
-        where = mask(settings.mask or settings.picture, *size)
-        return over(images, picture(settings.picture, *size), where)
+        trigger = picture(settings.picture, *size)
+        return over(images, trigger, mask(settings.mask or settings.picture, *size))
     patch = np.kron(PATTERN, np.ones((settings.cell, settings.cell), np.uint8))
     side = len(patch)
     if min(images.shape[1:3]) < side:
