@@ -235,7 +235,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
         "before": scored(outcome.undefended),
         "after": scored(outcome.model),
         "recovered": scored(outcome.recovered.model) if outcome.recovered else None,
-        "recovered_from": outcome.recovered.source if outcome.recovered else None,
+        "recovered_without": int(outcome.recovered.without.sum()) if outcome.recovered else None,
         "clean_net": scored(clean) if clean and cell["attack"] != "none" else None,
         "detection": evaluate.detection(suspect, score, key),
         "counts": key.recipe["counts"],
@@ -286,7 +286,7 @@ def told_the_truth(
         pass
     concealed = conceal.conceal(model, corpus, poison, settings.conceal, backend, seed=seed)
     verdict = Segregation(poison, poison.astype(np.float32), {}, {})
-    recovered = recover.Recovered(net, ORACLE)
+    recovered = recover.Recovered(net, poison)
     return Outcome(concealed, model, corpus.n_classes, verdict, {}, {}, recovered)
 
 
@@ -316,7 +316,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if any("recovered_from" not in line for line in lines):
+    if any("clean_net" not in line for line in lines):
         raise click.ClickException(f"{path} holds lines of an earlier study; give another file")
     return lines
 

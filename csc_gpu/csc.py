@@ -177,10 +177,8 @@ def conclude(
             recovered = recover.recover(
                 corpus,
                 recover.left_out(verdict, corpus.labels, settings.recover),
-                witness.without,
                 untrained,
                 settings.train,
-                settings.recover,
                 backend,
                 seed=seed,
                 log=log,

@@ -293,7 +293,7 @@ def summarise(
         "model": settings.train.model,
         "n_classes": outcome.n_classes,
         "n_outputs": outcome.model.n_outputs,
-        "recovered_from": outcome.recovered.source if outcome.recovered else None,
+        "recovered_without": int(outcome.recovered.without.sum()) if outcome.recovered else None,
         "classes": corpus.classes,
         "image_size": corpus.image_size,
         "source": str(Path(source).absolute()) if Path(source).exists() else source,

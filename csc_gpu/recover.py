@@ -1,9 +1,8 @@
 """Recovery, beyond the paper: a net that never learnt the trigger names the true class.
 
 Concealment sends a triggered image to the virtual class and cannot say what it shows, for the
-extractor still knows the trigger. A net trained without the suspects does not; beside it the
-concealed net stays on as the tripwire. The net of the verification serves where it has seen no
-suspect; else a fresh one is trained as long as the first.
+extractor still knows the trigger. A net trained from scratch without the suspects does not; beside
+it the concealed net stays on as the tripwire.
 """
 
 from __future__ import annotations
@@ -27,15 +26,12 @@ class Settings:
 
     on: bool = False
     """Also give a net trained without the suspects (the option --recover)."""
-    source: str = "check"
-    """check: the net of the verification, if it saw none of them; scratch: always a new one."""
     doubt: float = 0.02
     """Rows of a suspect's label with a poison_score from here on are left out, too: poison that was
     missed keeps the attack alive, and a clean row costs little."""
 
     def __post_init__(self) -> None:
         require(self, "recover", "in [0, 1]", lambda score: 0 <= score <= 1, "doubt")
-        require(self, "recover", "check or scratch", ("check", "scratch").__contains__, "source")
 
 
 def left_out(verdict: Segregation, labels: NDArray[np.int64], settings: Settings) -> Mask:
@@ -47,33 +43,28 @@ def left_out(verdict: Segregation, labels: NDArray[np.int64], settings: Settings
 
 @dataclass(frozen=True)
 class Recovered:
-    """A net of C outputs that has learnt from no suspect, and where it comes from."""
+    """A net of C outputs, and the rows that it has not learnt from: suspects and doubtful ones."""
 
     model: Net
-    source: str  # check or scratch
+    without: Mask  # (N,)
 
 
 def recover(
     corpus: Corpus,
     unwanted: Mask,
-    without: Callable[[Mask], Net | None],
     untrained: Callable[[int], Net],
     training: train.Settings,
-    settings: Settings,
     backend: Backend,
     *,
     seed: int,
     log: Log = quiet,
 ) -> Recovered:
-    """A net that has learnt from no suspect; `without` may know one, else one is trained.
+    """A net trained as long as the first one, but for the unwanted rows (N,).
 
     untrained makes a fresh net from a seed.
     """
-    known = without(unwanted) if settings.source == "check" else None
-    if known is not None:
-        return Recovered(known, "check")
     model = untrained(seed + 2)
     rows = np.flatnonzero(~unwanted)
     for at in train.train(model, corpus, training, backend, seed=seed + 2, rows=rows):
         log("step", stage="recover", at=at)
-    return Recovered(model, "scratch")
+    return Recovered(model, unwanted)

@@ -15,8 +15,6 @@ from csc_gpu.features import features, predict
 from csc_gpu.models import Net
 from csc_gpu.types import Array, Corpus, Log, Mask, Reclassified, quiet
 
-LEARNT = 0.75
-"""Share of a label's rows from which a net has to have learnt to speak of the label."""
 Clock = Callable[[str], AbstractContextManager[None]]
 
 
@@ -36,8 +34,6 @@ class Trained:
         seed: int,
         log: Log = quiet,
     ) -> None:
-        self._fresh: Net | None = None
-        self._unseen: Mask = np.zeros(len(corpus), bool)
         self._model, self._corpus, self._new_model = model, corpus, new_model
         self._training, self._segregation = training, segregation
         self._backend, self._clock, self._seed, self._log = backend, clock, seed, log
@@ -57,15 +53,6 @@ class Trained:
         with self._clock("verify"):
             return trigger.transfers(self._model, self._corpus, group, rest, label, self._backend)
 
-    def without(self, rows: Mask) -> Net | None:
-        """The net of the check, if it saw none of these rows (N,) and most others of each label."""
-        if self._fresh is None or (rows & ~self._unseen).any():
-            return None
-        labels, least = self._corpus.labels, self._corpus.n_classes
-        others = np.bincount(labels[~rows], minlength=least)
-        learnt = np.bincount(labels[~self._unseen], minlength=least)
-        return self._fresh if (learnt >= LEARNT * others).all() else None
-
     def reclassify(self, candidates: Mask) -> Reclassified:
         """Train a fresh model without candidates and controls, and predict all rows.
 
@@ -76,8 +63,7 @@ class Trained:
         short = replace(self._training, epochs=min(epochs, self._segregation.check_epochs))
         rng = np.random.default_rng(seed)
         controls = ~candidates & (rng.random(len(corpus)) < self._segregation.controls)
-        self._unseen = candidates | controls
-        rows = np.flatnonzero(~self._unseen)
+        rows = np.flatnonzero(~(candidates | controls))
         with self._clock("verify"):
             model = self._new_model(seed + 1)
             for at in train.train(model, corpus, short, backend, seed=seed + 1, rows=rows):
@@ -85,5 +71,4 @@ class Trained:
             few = corpus.n_classes < 2**15
             outputs = predict(model, corpus, backend).astype(np.int16 if few else np.int32)
             predicted = backend.to_numpy(outputs)
-        self._fresh = model
         return Reclassified(candidates, controls, predicted.astype(np.int64))

@@ -120,7 +120,7 @@ def recovering(finished):
 def test_a_recovered_net_is_saved_and_scored_over_the_real_classes(recovering, finished):
     folder, told = recovering
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["recovered_from"] in ("check", "scratch")
+    assert summary["recovered_without"] >= summary["suspects"]
     assert summary["suspects"] > 0
     weights = load_file(folder / "recovered.safetensors")
     assert weights["head.weight"].shape == (10, 128)

@@ -46,7 +46,8 @@ def test_to_defend_is_to_learn_and_to_conclude():
     np.testing.assert_array_equal(whole.segregation.score, parts.segregation.score)
     assert same_weights(whole.model, parts.model)
     assert same_weights(whole.recovered.model, parts.recovered.model)
-    assert whole.recovered.source == parts.recovered.source
+    assert (whole.recovered.without == parts.recovered.without).all()
+    assert (whole.recovered.without >= whole.segregation.suspect).all()
     assert whole.seconds.keys() == parts.seconds.keys()
     assert whole.snapshots.keys() == parts.snapshots.keys() == {"features", "epoch", "final"}
     for name, kept in whole.snapshots.items():

@@ -12,11 +12,10 @@ import torch
 from csc_gpu import segregate
 from csc_gpu.backend import open_backend
 from csc_gpu.errors import ConfigError
-from csc_gpu.features import predict
 from csc_gpu.models import Net, new_model
-from csc_gpu.recover import Recovered, Settings, recover
+from csc_gpu.recover import Recovered, Settings, left_out, recover
 from csc_gpu.train import Settings as Training
-from csc_gpu.types import Corpus
+from csc_gpu.types import Corpus, Segregation
 from csc_gpu.witness import Trained
 from tests.test_train import Spy, corpus
 
@@ -36,11 +35,8 @@ def witness(there: Corpus, backend: Any = CPU, **changes: Any) -> Trained:
     return Trained(untrained(0), there, untrained, THREE_EPOCHS, how, backend, clock, seed=3)
 
 
-def recovered(
-    without: Any, backend: Any = CPU, suspect: Any = SUSPECT, **changes: Any
-) -> Recovered:
-    how = Settings(on=True, **changes)
-    return recover(corpus(40), suspect, without, untrained, THREE_EPOCHS, how, backend, seed=3)
+def recovered(backend: Any = CPU) -> Recovered:
+    return recover(corpus(40), SUSPECT, untrained, THREE_EPOCHS, backend, seed=3)
 
 
 # ----------------------------------------------------------------------------------------- witness
@@ -66,18 +62,6 @@ def test_the_check_is_trained_no_longer_than_the_model():
     assert len(spy.rows) == 3 * learnt + 40
 
 
-def test_the_net_of_the_check_is_known_for_rows_it_has_not_seen():
-    there = witness(corpus(40), controls=0.1)
-    assert there.without(SUSPECT) is None  # nothing is trained yet
-    check = there.reclassify(SUSPECT)
-    net = there.without(SUSPECT)
-    assert net is not None and net is not there._model
-    assert there.without(SUSPECT | check.controls) is net
-    seen = ~SUSPECT & ~check.controls
-    assert there.without(SUSPECT | (np.arange(40) == np.flatnonzero(seen)[0])) is None
-    assert (predict(net, corpus(40), CPU) == check.predicted).all()
-
-
 def test_features_are_computed_once_however_often_they_are_asked_for():
     spy = Spy()
     there = witness(corpus(40), spy)
@@ -101,35 +85,29 @@ def test_the_witness_tries_a_pattern_on_its_own_model(monkeypatch):
 # ----------------------------------------------------------------------------------------- recover
 
 
-def test_a_net_that_saw_no_suspect_is_handed_out_and_nothing_is_trained():
-    net, spy = untrained(7), Spy()
-    found = recovered(lambda rows: net if rows is SUSPECT else None, spy)
-    assert found.model is net
-    assert found.source == "check"
-    assert spy.rows == []
-
-
-def test_where_none_is_known_one_is_trained_without_the_suspects_as_long_as_the_first():
+def test_a_net_is_trained_without_the_unwanted_rows_as_long_as_the_first():
     spy = Spy()
-    found = recovered(lambda rows: None, spy)
-    assert found.source == "scratch"
+    found = recovered(spy)
     assert sorted(spy.rows) == sorted(3 * list(range(6, 40)))
     assert found.model.n_outputs == 2
-
-
-def test_from_scratch_a_net_is_trained_whatever_is_known():
-    net, spy = untrained(7), Spy()
-    found = recovered(lambda rows: net, spy, source="scratch")
-    assert found.model is not net
-    assert found.source == "scratch"
-    assert sorted(spy.rows) == sorted(3 * list(range(6, 40)))
+    assert (found.without == SUSPECT).all()
 
 
 def test_the_same_seed_recovers_the_same_net():
-    one, two = (recovered(lambda rows: None).model.head.weight for _ in range(2))
+    one, two = (recovered().model.head.weight for _ in range(2))
     assert torch.equal(one, two)
 
 
-def test_a_source_that_is_unknown_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"recover\.source"):
-        Settings(source="memory")
+def test_left_out_are_the_suspects_and_the_doubtful_rows_of_their_labels():
+    labels = np.array([0, 0, 0, 0, 1, 1, 1])
+    suspect = np.array([1, 0, 0, 0, 0, 0, 0], bool)
+    score = np.array([0.9, 0.3, 0.02, 0.01, 0.4, 0.0, 0.3], np.float32)
+    verdict = Segregation(suspect, score, {}, {})
+    rows = np.flatnonzero(left_out(verdict, labels, Settings(doubt=0.02)))
+    assert rows.tolist() == [0, 1, 2]  # nobody of label 1 is suspect, so nobody is doubted
+    assert np.flatnonzero(left_out(verdict, labels, Settings(doubt=1.0))).tolist() == [0]
+
+
+def test_a_doubt_that_is_no_score_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"recover\.doubt"):
+        Settings(doubt=1.5)
