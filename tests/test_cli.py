@@ -498,14 +498,22 @@ def test_score_of_something_else_is_refused(tmp_path):
 def test_interrupting_says_what_was_kept(tmp_path):
     line = [sys.executable, "-m", "csc_gpu", "train", "digits", "--out", str(tmp_path / "run"),
             "--cpu", "--threads", "1", "--set", "train.epochs=2000"]  # fmt: skip
-    work = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+
+    def heed():
+        """What runs in the background of a shell ignores Ctrl-C, and hands that on."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    work = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     log = tmp_path / "run.partial" / "log.jsonl"
     for _ in range(600):
         if log.exists() and log.stat().st_size:
             break
         time.sleep(0.1)
     work.send_signal(signal.SIGINT)
-    _, told = work.communicate(timeout=60)
+    try:
+        _, told = work.communicate(timeout=60)
+    finally:
+        work.kill()
     assert work.returncode == 130
     assert "interrupted" in told.splitlines()[-1]
     assert "settings.toml" in told.splitlines()[-1]

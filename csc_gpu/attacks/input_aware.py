@@ -144,14 +144,14 @@ def _learn_masks(
 ) -> None:
     adam = torch.optim.Adam(nets.placer.parameters(), lr=settings.lr)
 
-    def step(images: Tensor, labels: Tensor, pace: learnt.Pace) -> Tensor:
+    def step(images: Tensor, labels: Tensor, share: float) -> Tensor:
         del labels
         with backend.precision():
             masks = nets.mask(images)
         beyond = functional.relu(masks - settings.density).mean()
         differ = alike(images, images.roll(1, 0), masks, masks.roll(1, 0))
         return _improved(
-            settings.thrift * beyond + settings.diversity * differ, adam, settings.lr * pace.rate
+            settings.thrift * beyond + settings.diversity * differ, adam, settings.lr * share
         )
 
     learnt.practise(
@@ -184,7 +184,7 @@ def _learn_patterns(
     )
     adam = torch.optim.Adam(nets.painter.parameters(), lr=settings.lr)
 
-    def step(images: Tensor, labels: Tensor, pace: learnt.Pace) -> Tensor:
+    def step(images: Tensor, labels: Tensor, share: float) -> Tensor:
         count = max(1, int(settings.share * len(images)))
         mine, crossed = images[:count], images[count : 2 * count]
         others = images.roll(1, 0)[count : 2 * count]  # of each crossed image the one before it
@@ -201,9 +201,9 @@ def _learn_patterns(
             right = functional.cross_entropy(net(whole), wanted)
         differ = alike(mine, others, *patterns)
         for group in sgd.param_groups:
-            group["lr"] = PEAK * pace.rate
+            group["lr"] = PEAK * share
         sgd.zero_grad()
-        loss = _improved(right + settings.diversity * differ, adam, settings.lr * pace.rate)
+        loss = _improved(right + settings.diversity * differ, adam, settings.lr * share)
         sgd.step()
         return loss
 

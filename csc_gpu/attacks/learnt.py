@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from csc_gpu.errors import ConfigError
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import Corpus, Log
 
-FORMAT = 1
+FORMAT = 2
 """Raise it when an attack learns otherwise than before: what is kept is then learnt anew."""
 FILES = ("picture", "mask")
 """Settings that name a file: its bytes belong to the key, not its name alone."""
@@ -44,17 +44,9 @@ SURROGATE, NETS, ROWS, CHANCE, SECRET = 11, 12, 13, 14, 15
 Module = TypeVar("Module", bound=nn.Module)
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Where training is."""
-
-    done: float  # share of all steps, above 0, up to 1
-    rate: float  # share of the peak learning rate
-
-
-Practice = Callable[[torch.Tensor, torch.Tensor, Pace], torch.Tensor]
-"""Images (B, 3, H, W) as the net sees them, labels (B,), how far it is -> loss; it updates the
-nets."""
+Practice = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+"""Images (B, 3, H, W) as the net sees them, labels (B,), share of the peak learning rate -> loss;
+it updates the nets."""
 
 
 # --- learning -----------------------------------------------------------------------------------
@@ -94,10 +86,10 @@ def practise(
     for _ in range(budget.epochs):
         for part in backend.batches(corpus, batch, order=rng.permutation(len(corpus))):
             done += 1
-            pace = Pace(done / budget.steps, train.one_cycle(done, warmup, budget.steps))
-            loss = step(part.images, part.labels, pace)
+            share = train.one_cycle(done, warmup, budget.steps)
+            loss = step(part.images, part.labels, share)
             epoch = done / budget.steps_per_epoch
-            log("step", stage=stage, at=train.Moment(done, epoch, loss, pace.rate, budget))
+            log("step", stage=stage, at=train.Moment(done, epoch, loss, share, budget))
 
 
 def some(corpus: Corpus, count: int, backend: Backend, seed: int) -> torch.Tensor:

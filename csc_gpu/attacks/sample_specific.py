@@ -11,6 +11,7 @@ StegaStamp's perceptual and critic losses and its distortions are left out, but 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,8 +43,8 @@ class Settings:
     strength: float = 24.0
     """Largest change of a pixel, in grey levels of 0..255."""
     faint: float = 4.0
-    """Weight of the residual's square against reading the bits; it comes in while they are learnt,
-    from a quarter of the steps to three quarters."""
+    """Weight of the residual's square against reading the bits. It counts as far as they are read:
+    from the start it would silence the encoder before the decoder has heard anything."""
     width: int = 16
     """Channels of the first layer of both nets."""
     train_steps: int = 600
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor, bits: Tensor) -> Tensor:
         """The residual for images and bits (B, bits) of 0 and 1. (B, 3, H, W)"""
-        sheet = self.lay_out(2 * bits - 1).relu().view(-1, 3, SHEET, SHEET)
+        sheet = self.lay_out(2 * bits - 1).view(-1, 3, SHEET, SHEET)
         sheet = functional.interpolate(sheet, size=images.shape[-2:], mode="nearest")
         painted = self.painter(torch.cat((images, sheet), 1)).float()
         return self.reach * torch.tanh(painted)
@@ -90,7 +91,7 @@ def learn(
     adam = torch.optim.Adam(both.parameters(), lr=settings.lr)
     chance = torch.Generator().manual_seed(learnt.derived(seed, learnt.CHANCE))
 
-    def step(images: Tensor, labels: Tensor, pace: learnt.Pace) -> Tensor:
+    def step(images: Tensor, labels: Tensor, share: float) -> Tensor:
         del labels
         bits = torch.randint(0, 2, (len(images), settings.bits), generator=chance).float()
         bits = bits.to(images.device)
@@ -99,10 +100,10 @@ def learn(
             residual = encoder(images, bits)
             stamped = (images + residual).clamp(-2, 2) + noise.to(images.device)
             read = functional.binary_cross_entropy_with_logits(reader(stamped), bits)
-            weight = settings.faint * min(1.0, max(0.0, 2 * pace.done - 0.5))
-            loss = read + weight * to_the_eye(images, residual)
+            heard = (1 - read.detach() / math.log(2)).clamp(min=0)  # 0 while the bits are guessed
+            loss = read + settings.faint * heard * to_the_eye(images, residual)
         for group in adam.param_groups:
-            group["lr"] = settings.lr * pace.rate
+            group["lr"] = settings.lr * share
         adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         adam.step()
