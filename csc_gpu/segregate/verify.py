@@ -37,6 +37,9 @@ MOST_OF_LABEL = 0.5
 says nothing about it."""
 TRUSTED = 0.9
 """Share of poison among rows from which they are kept."""
+UNEXPLAINED = 0.8
+"""Share of poison, by a sure check, from which a core is poison that no trigger explains: a kind of
+benign rows that was left out as a whole comes out otherwise as well, but seldom so many of it."""
 UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
 USUAL = 0.75
@@ -334,7 +337,11 @@ def judge(
     case.told["checked"] = [int(group.sum()) for group in groups]
     case.told["poison_share"] = [round(poison_share(group), 4) for group in groups]
     is_sure, nobody = wrong <= UNSURE, np.zeros_like(ours)
-    if not false_label and not (case.is_commanded and (case.commands >= SURELY or not is_sure)):
+    if not case.is_commanded and not false_label:
+        return None
+    if not case.is_commanded and is_sure and poison_share(case.poison) < UNEXPLAINED:
+        return None
+    if not false_label and is_sure and case.commands < SURELY:
         return None
     if not is_sure or not false_label:
         return Word(case.poison, nobody)
