@@ -33,19 +33,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 RESULTS = Path(__file__).parent / "results" / "segregation.jsonl"
-RATES = {
-    "none": ("--rate", 0.05),
-    "badnets": ("--rate", 0.05),
-    "blend": ("--rate", 0.05),
-    "sig": ("--rate-of-target", 0.5),
-}
+STUDY = ("none", "badnets", "blend", "sig")
+"""The attacks where none are given."""
 TARGETS = ("0", "3", "7", "1", "5", "9")
 """The target of seed 0, 1, 2, ... where none are given."""
 CSC_GPU = (sys.executable, "-m", "csc_gpu")
-DEFAULT, ORACLE = "two-stage", "oracle"
-"""The rule that is judged in full, and one that reads the key: what perfect detection gives."""
-
-
+DEFAULT, ORACLE, PLAIN = "two-stage", "oracle", "plain"
+"""The rule that is judged in full; one that reads the key: what perfect detection gives; and no
+defense at all: how well the attack takes hold."""
 PAPERS = ("text", "algorithm1", "per_label")
 
 
@@ -89,8 +84,8 @@ def train(
         {
             "data": name,
             "attack": attack,
-            "rate": RATES[attack][1] if attack == "none" else rate or RATES[attack][1],
-            "rate_of": RATES[attack][0],
+            "rate": usual(attack)[1] if attack == "none" else rate or usual(attack)[1],
+            "rate_of": usual(attack)[0],
             "target": targets[number % len(targets)] if targets else TARGETS[seed % len(TARGETS)],
             "seed": seed,
             "label_noise": label_noise,
@@ -98,13 +93,22 @@ def train(
             "set": list(changed),
         }
         for number, seed in enumerate(seeds or (0, 1, 2))
-        for attack in (attacks or tuple(RATES))
+        for attack in (attacks or STUDY)
     ]
     todo = [cell for cell in cells if not (folder(cell, work) / "cell.json").exists()]
     click.echo(f"{len(cells)} cells, {len(todo)} to train")
     with ThreadPoolExecutor(jobs) as pool:
         for cell in pool.map(lambda cell: train_cell(cell, corpus, work), todo):
             click.echo(f"trained {folder(cell, work).name}")
+
+
+def usual(attack: str) -> tuple[str, float]:
+    """The option that gives an attack its rate, and the rate: half of the target if clean-label."""
+    from csc_gpu.attacks import ATTACKS
+
+    if ATTACKS[attack].labels == "clean":
+        return "--rate-of-target", 0.5
+    return "--rate", 0.05
 
 
 def train_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -
     cells = [json.loads(path.read_text()) for path in sorted(work.glob(f"{only}*/cell.json"))]
     known = [(key_of(line), line["rule"]) for line in read(out)]
     todo = [(c, rule) for rule in rules for c in cells if (key_of(c), rule) not in known]
-    todo = [(c, rule) for c, rule in todo if rule != ORACLE or c["attack"] != "none"]
+    todo = [(c, rule) for c, rule in todo if rule not in (ORACLE, PLAIN) or c["attack"] != "none"]
     click.echo(f"{len(cells)} cells, {len(todo)} judgements to make")
     with ThreadPoolExecutor(jobs) as pool:
         asked = [pool.submit(judged, cell, rule, work) for cell, rule in todo]
@@ -200,7 +204,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     summary = json.loads((place / "run" / "summary.json").read_text())
     of_run = read_toml(place / "run" / "settings.toml")
     changes = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
-    changes |= {} if rule == ORACLE else {"segregate.rule": rule}
+    changes |= {} if rule in (ORACLE, PLAIN) else {"segregate.rule": rule}
     changes |= {"recover.on": rule in (DEFAULT, ORACLE)}
     if rule in PAPERS:  # they have no caps; ours would free what they flag
         changes |= {"segregate.max_share": 1.0, "segregate.max_label_share": 1.0}
@@ -213,8 +217,30 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
 
     at = {path: row for row, path in enumerate(key.paths)}
     rows = [at[path] for path in corpus.paths]
-    start, clock = used(), csc.Stopwatch(cpu)
     model = run.load_model(place / "run" / "undefended.safetensors", summary, corpus.n_classes)
+    scored = lambda net: evaluate.accuracy_and_attack(net, key, corpus.n_classes, cpu)  # noqa: E731
+    clean = clean_net(place, cell, corpus)
+    line = {
+        **cell,
+        "rule": rule,
+        "before": scored(model),
+        "after": None,
+        "recovered": None,
+        "clean_net": scored(clean) if clean and cell["attack"] != "none" else None,
+        "detection": None,
+        "counts": key.recipe["counts"],
+        "training_seconds": summary["stage_seconds"],
+        "model": summary["model"],
+        "optimiser_steps": summary["optimiser_steps"],
+        "trained_at": summary["commit"],
+        "commit": run.commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": describe(),
+    }
+    if rule == PLAIN:
+        return line
+
+    start, clock = used(), csc.Stopwatch(cpu)
     if rule == ORACLE:
         outcome = told_the_truth(model, corpus, key.is_poison[rows], settings, cpu, cell["seed"])
     else:
@@ -227,28 +253,14 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
         run.save_suspects(place / f"{rule}.csv", snapshots.names, found)
     suspect, score = found.suspect.copy(), found.score.copy()
     suspect[rows], score[rows] = found.suspect, found.score
-    scored = lambda net: evaluate.accuracy_and_attack(net, key, corpus.n_classes, cpu)  # noqa: E731
-    clean = clean_net(place, cell, corpus)
-    return {
-        **cell,
-        "rule": rule,
-        "before": scored(outcome.undefended),
+    return line | {
         "after": scored(outcome.model),
         "recovered": scored(outcome.recovered.model) if outcome.recovered else None,
         "recovered_without": int(outcome.recovered.without.sum()) if outcome.recovered else None,
-        "clean_net": scored(clean) if clean and cell["attack"] != "none" else None,
         "detection": evaluate.detection(suspect, score, key),
-        "counts": key.recipe["counts"],
         "segregation": run.plain(found.notes),
         "seconds": {stage: round(s, 1) for stage, s in outcome.seconds.items()},
         "cpu_seconds": round(spent, 1),
-        "training_seconds": summary["stage_seconds"],
-        "model": summary["model"],
-        "optimiser_steps": summary["optimiser_steps"],
-        "trained_at": summary["commit"],
-        "commit": run.commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": describe(),
     }
 
 
@@ -294,7 +306,8 @@ def clean_net(place: Path, cell: dict[str, Any], corpus: Any) -> Any:
     """The net of the cell without an attack, of the same data and seed; None if it is missing."""
     from csc_gpu.run import load_model
 
-    alike = {**cell, "attack": "none", "rate": RATES["none"][1], "label_noise": 0.0}
+    alike = {**cell, "attack": "none", "rate": usual("none")[1], "rate_of": usual("none")[0]}
+    alike["label_noise"] = 0.0
     there = folder(alike, place.parent) / "run"
     if not (there / "summary.json").exists():
         return None
@@ -329,6 +342,10 @@ def key_of(cell: dict[str, Any]) -> str:
 
 def said(line: dict[str, Any]) -> str:
     """One line of the results, as one line of text."""
+    if line["after"] is None:
+        before = line["before"]
+        took = f"acc {number(before['acc'])}, asr {number(before['asr'])}, undefended"
+        return f"{line['data']} {named(line)} seed {line['seed']}: {took}"
     recovered = line["recovered"] or {}
     figures = [
         f"acc {number(line['before']['acc'])} -> {number(line['after']['acc'])}",

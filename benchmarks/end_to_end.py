@@ -20,7 +20,7 @@ import click
 
 from benchmarks import results_file
 from benchmarks.command import Command, require_gpu
-from benchmarks.detection import RATES, TARGETS, command
+from benchmarks.detection import STUDY, TARGETS, command, usual
 from csc_gpu import bench
 
 EFFECTIVE = 0.5
@@ -46,7 +46,7 @@ def run_attack(
     """Poison once, train plainly and with CSC, score both; a line for each."""
     poisoned = work / f"{attack}-{rate:g}-{seed}"
     # fmt: off
-    command("poison", corpus, poisoned, "--attack", attack, RATES[attack][0], rate,
+    command("poison", corpus, poisoned, "--attack", attack, usual(attack)[0], rate,
             "--target", TARGETS[seed], "--seed", seed, "--force")
     # fmt: on
     lines = []
@@ -58,7 +58,7 @@ def run_attack(
         command("score", done, "--key", poisoned / "key.npz", *on_cpu)
         summary = json.loads((done / "summary.json").read_text(encoding="utf-8"))
         score = json.loads((done / "score.json").read_text(encoding="utf-8"))
-        about = {"attack": attack, "rate": rate, "rate_of": RATES[attack][0], "seed": seed}
+        about = {"attack": attack, "rate": rate, "rate_of": usual(attack)[0], "seed": seed}
         lines.append(about | cell(summary, score))
     for line in lines:
         line["added"] = added(line, lines[0])
@@ -98,9 +98,7 @@ def added(line: Mapping[str, Any], plain: Mapping[str, Any], without: str = "") 
 
 @click.command(cls=Command)
 @click.argument("corpus")
-@click.option(
-    "--attack", "attacks", multiple=True, type=click.Choice(list(RATES)), default=("badnets",)
-)
+@click.option("--attack", "attacks", multiple=True, type=click.Choice(STUDY), default=("badnets",))
 @click.option("--rate", type=float, help="Another rate than the usual one.")
 @click.option("--epochs", default=100, show_default=True, type=click.IntRange(1))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0, len(TARGETS) - 1))
@@ -130,7 +128,7 @@ def main(
     machine = ["--threads", threads, *(["--cpu"] if cpu else [])]
     lines: list[bench.Line] = []
     for attack in attacks:
-        lines += run_attack(corpus, attack, rate or RATES[attack][1], work, seed, flags, machine)
+        lines += run_attack(corpus, attack, rate or usual(attack)[1], work, seed, flags, machine)
     about = {"corpus": corpus, "flip": flip, "set": list(changed)}
     backend = results_file.elsewhere("cpu" if cpu else "gpu", threads)
     results_file.publish(about | bench.report("end-to-end", backend, lines))

@@ -6,6 +6,7 @@ give it away: one encoder, files of one length, one modification time, names by 
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 from pathlib import Path
@@ -47,6 +48,7 @@ def save_poisoned(out: Path, split: Split, key: AnswerKey, log: Log = quiet) -> 
     (out / CLASS_LIST).write_text(lines, encoding="utf-8")
     recipe = json.dumps(dict(key.recipe), indent=2)
     (out / "recipe.json").write_text(recipe + "\n", encoding="utf-8")
+    _write_truth(out / "truth.csv", split.train.classes, key)
     arrays = {name: getattr(key, name) for name in (*PER_ROW, *PER_TEST_ROW, "triggered")}
     arrays["paths"] = np.array(key.paths, np.str_)
     np.savez_compressed(out / "key.npz", recipe=np.array(recipe), **arrays)
@@ -89,6 +91,17 @@ def _write_png(path: Path, image: NDArray[np.uint8]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(image).save(path, "PNG", compress_level=0)
     os.utime(path, (WRITTEN, WRITTEN))
+
+
+def _write_truth(path: Path, classes: tuple[str, ...], key: AnswerKey) -> None:
+    """The key to the training rows as a table, for people; an unknown original label is empty."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "label", "orig_label", "is_poison", "is_cover"))
+        for row, name in enumerate(key.paths):
+            original = key.orig_labels[row]
+            labels = classes[key.given_labels[row]], classes[original] if original >= 0 else ""
+            writer.writerow((name, *labels, key.is_poison[row], key.is_cover[row]))
 
 
 def _rows(array: NDArray[Any]) -> int:

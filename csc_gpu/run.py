@@ -86,7 +86,9 @@ VERDICT = Kind(
 )
 MODELS = frozenset(f"{name}.safetensors" for name in ("model", "undefended", "recovered"))
 RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json"})
-POISONED = Kind("poison", frozenset({"train", "test", "classes.txt", "key.npz", "recipe.json"}))
+POISONED = Kind(
+    "poison", frozenset({"train", "test", "classes.txt", "key.npz", "truth.csv", "recipe.json"})
+)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import stat
 from dataclasses import replace
@@ -82,6 +83,22 @@ def test_the_key_comes_back(attack: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "recipe.json").read_text()) == key.recipe
 
 
+def test_people_can_read_the_key_to_the_rows(tmp_path: Path) -> None:
+    split, key = poisoned()
+    key = replace(key, orig_labels=np.where(key.is_poison, -1, key.orig_labels))
+    save_poisoned(tmp_path, split, key)
+    with (tmp_path / "truth.csv").open(newline="") as file:
+        told = list(csv.DictReader(file))
+    assert [line["path"] for line in told] == list(key.paths)
+    assert [line["is_poison"] == "True" for line in told] == key.is_poison.tolist()
+    assert {line["is_cover"] for line in told} == {"False"}
+    names = split.train.classes
+    assert [line["label"] for line in told] == [names[label] for label in key.given_labels]
+    known = [names[y] if y >= 0 else "" for y in key.orig_labels]
+    assert [line["orig_label"] for line in told] == known
+    assert "" in known
+
+
 def test_the_key_knows_the_rows_of_the_corpus_it_lies_beside(tmp_path: Path) -> None:
     source = clean()
     split, key = poisoned(source=source)
@@ -139,7 +156,7 @@ def test_the_encoding_of_a_file_does_not_tell_that_it_is_poison(tmp_path: Path) 
 def test_nothing_but_the_key_holds_the_answers(tmp_path: Path) -> None:
     save_poisoned(tmp_path, *poisoned())
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"train", "test", "classes.txt", "key.npz", "recipe.json"}
+    assert names == {"train", "test", "classes.txt", "key.npz", "truth.csv", "recipe.json"}
     assert (tmp_path / "classes.txt").read_text() == "cat\ndog\nemu\n"
 
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from benchmarks import clustering, detection, end_to_end, gpu_check, loader, results_file, traffic
 from benchmarks import conceal as concealment
 from csc_gpu import bench
+from csc_gpu.attacks import ATTACKS
 from csc_gpu.backend import open_backend
 from csc_gpu.backend.doctor import missing_for_gpu
 from csc_gpu.cli import cli
@@ -548,6 +549,20 @@ def test_a_cell_trained_and_judged_has_every_figure_of_a_line(tmp_path, monkeypa
     assert truth["detection"]["counts"]["fpr"][0] == 0
     assert truth["recovered_without"] == 144 and truth["recovered"]["argmax_over"] == 10
     assert truth["after"]["argmax_over"] == 11
+
+    bare = json.loads(json.dumps(detection.judge_cell(place, detection.PLAIN)))
+    assert bare["before"] == line["before"]
+    assert bare["after"] is bare["detection"] is bare["recovered"] is None
+    assert "undefended" in detection.said(bare)
+    assert detection.said(bare).count("->") == 0
+    rows, _ = table_of(tmp_path, [bare], "--rule", "plain")
+    assert rows[0][4:6] == ["-", "-"]
+
+
+@pytest.mark.parametrize("attack", sorted(ATTACKS))
+def test_a_clean_label_attack_takes_half_of_its_target_class(attack):
+    clean = ATTACKS[attack].labels == "clean"
+    assert detection.usual(attack) == (("--rate-of-target", 0.5) if clean else ("--rate", 0.05))
 
 
 # --- end to end -----------------------------------------------------------------------------------

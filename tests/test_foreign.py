@@ -818,7 +818,15 @@ def test_neither_file_nor_name_nor_row_tells_imported_poison(layout: str, tmp_pa
         assert path == f"train/{CLASSES[key.given_labels[row]]}/{row:02d}.png"
     assert len(traits) == 1
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"train", "test", "classes.txt", "key.npz", "recipe.json", ".csc-gpu"}
+    assert names == {
+        "train",
+        "test",
+        "classes.txt",
+        "key.npz",
+        "truth.csv",
+        "recipe.json",
+        ".csc-gpu",
+    }
 
 
 def test_rows_that_began_every_batch_lie_anywhere_after_import(tmp_path: Path) -> None:
