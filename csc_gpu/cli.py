@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from csc_gpu.errors import CscError, Interrupted
+from csc_gpu.errors import CscError, Interrupted, Terminated
 
 
 class Failure(click.ClickException):
@@ -30,6 +30,12 @@ class Stopped(Failure):
     exit_code = 130
 
 
+class Ended(Failure):
+    """After SIGTERM, likewise."""
+
+    exit_code = 143
+
+
 class Commands(click.Group):
     """Turns what a user can mend into one line and exit status 2; other exceptions are our bugs."""
 
@@ -38,6 +44,7 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except CscError as fault:
             kind = Stopped if isinstance(fault, Interrupted) else Failure
+            kind = Ended if isinstance(fault, Terminated) else kind
             raise kind(" ".join(str(fault).split())) from fault
         except KeyboardInterrupt:
             raise Stopped("interrupted; nothing had been written") from None
@@ -280,6 +287,9 @@ def export_corpus(**what: Any) -> None:
 @click.option("--save-features", is_flag=True, help="Keep features.npz, for segregate.")
 @click.option(
     "--recover", is_flag=True, help="Also give a net without the suspects, for the true class."
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on with the run at --out that was interrupted, if any."
 )
 @skip_broken
 @force

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import json
 import tomllib
 import types
 import typing
@@ -64,6 +65,11 @@ def to_toml(section: Any) -> str:
     import tomli_w  # late: machines lent without it can still run the tests and benches
 
     return str(tomli_w.dumps(_plain(section)))
+
+
+def flattened(section: Any) -> dict[str, Any]:
+    """Every setting by its dotted path, in JSON's own types."""
+    return dict(_flatten(json.loads(json.dumps(_plain(section))), ""))
 
 
 def explained(section: Any) -> str:

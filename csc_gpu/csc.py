@@ -13,14 +13,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from csc_gpu import backend as backends
-from csc_gpu import conceal, data, recover, segregate, train
+from csc_gpu import checkpoint, conceal, data, recover, segregate, train
 from csc_gpu.backend import Backend
+from csc_gpu.checkpoint import NOWHERE, Checkpoints
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError, TrainingDiverged
 from csc_gpu.features import features
@@ -70,15 +72,25 @@ class Settings:
     conceal: conceal.Settings = field(default_factory=conceal.Settings)
     recover: recover.Settings = field(default_factory=recover.Settings)
     gpu: backends.Settings = field(default_factory=backends.Settings)
+    checkpoint: checkpoint.Settings = field(default_factory=checkpoint.Settings)
 
 
 def defend(
-    view: DefenderView, settings: Settings, backend: Backend, *, seed: int, log: Log = quiet
+    view: DefenderView,
+    settings: Settings,
+    backend: Backend,
+    *,
+    seed: int,
+    log: Log = quiet,
+    kept: Checkpoints = NOWHERE,
 ) -> Outcome:
-    """Train on a possibly poisoned corpus; a model that ignores the trigger, and the suspects."""
+    """Train on a possibly poisoned corpus; a model that ignores the trigger, and the suspects.
+
+    What `kept` holds of an earlier start with the same arguments is not done again.
+    """
     clock = Stopwatch(backend)
-    learnt = learn(view.train, settings, backend, clock, seed=seed, log=log)
-    return conclude(learnt, view.train, settings, backend, clock, seed=seed, log=log)
+    learnt = learn(view.train, settings, backend, clock, seed=seed, log=log, kept=kept)
+    return conclude(learnt, view.train, settings, backend, clock, seed=seed, log=log, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,7 @@ def learn(
     *,
     seed: int,
     log: Log = quiet,
+    kept: Checkpoints = NOWHERE,
 ) -> Learnt:
     """Stage 1, training: look at the features after each watched epoch, and cluster them."""
     model = fresh_model(corpus, settings, backend, seed=seed)
@@ -109,31 +122,40 @@ def learn(
             f"{settings.watch.every}; lower watch.every or raise watch.epochs"
         )
     scales = segregate.looked_at(sorted(watched), settings.segregate)
-    sightings: list[Sighting] = []
-    kept: list[tuple[float, NDArray[Any]]] = []  # on the host: not needed on the device again
+    seen: dict[int, Sighting] = {}
+    stored: dict[int, NDArray[Any]] = {}  # features on the host: not needed on the device again
+    for step in sorted(watched):
+        known = kept.load(f"snapshot-{step}")
+        if known is not None:
+            seen[step] = segregate.to_sighting(known, backend)
+            stored |= {step: known.tensors["features"].numpy()} if settings.watch.keep else {}
     with clock("train"):
-        for at in train.train(model, corpus, settings.train, backend, seed=seed):
+        for at in train.train(
+            model, corpus, settings.train, backend, seed=seed, kept=kept, keep_at=watched
+        ):
             log("step", stage="train", at=at)
-            if at.step not in watched:
+            if at.step not in watched or at.step in seen:
                 continue
             with clock("features"):
                 points = features(model, corpus, backend)  # (N, D)
                 check_finite(points, at, settings, backend)
             with clock("cluster"):
-                sightings.append(
-                    segregate.observe(
-                        points,
-                        corpus.labels,
-                        at.epoch,
-                        settings.segregate,
-                        backend,
-                        scales=scales[at.step],
-                    )
+                seen[at.step] = segregate.observe(
+                    points,
+                    corpus.labels,
+                    at.epoch,
+                    settings.segregate,
+                    backend,
+                    scales=scales[at.step],
                 )
-            log("snapshot", sighting=sightings[-1])
-            kept += [(at.epoch, backend.to_numpy(points))] if settings.watch.keep else []
+            log("snapshot", sighting=seen[at.step])
+            stored |= {at.step: backend.to_numpy(points)} if settings.watch.keep else {}
             del points  # or it would live beside the next
-    return Learnt(model, tuple(sightings), tuple(kept))
+            told = partial(segregate.of_sighting, seen[at.step], stored.get(at.step), backend)
+            kept.save(f"snapshot-{at.step}", told)
+    sightings = tuple(seen[step] for step in sorted(seen))
+    features_of = [(seen[step].epoch, points) for step, points in sorted(stored.items())]
+    return Learnt(model, sightings, tuple(features_of))
 
 
 def conclude(
@@ -145,6 +167,7 @@ def conclude(
     *,
     seed: int,
     log: Log = quiet,
+    kept: Checkpoints = NOWHERE,
 ) -> Outcome:
     """Segregate the suspects, conceal the trigger and, if asked for, recover the true classes."""
 
@@ -153,11 +176,16 @@ def conclude(
 
     model = learnt.model
     how = settings.train, settings.segregate, backend, clock
-    witness = Trained(model, corpus, untrained, *how, seed=seed, log=log)
-    with clock("segregate"):
-        verdict = segregate.segregate(
-            learnt.sightings, corpus.labels, settings.segregate, backend, witness
-        )
+    witness = Trained(model, corpus, untrained, *how, seed=seed, log=log, kept=kept)
+    known = kept.load("verdict")
+    if known is not None:
+        verdict = segregate.to_verdict(known)
+    else:
+        with clock("segregate"):
+            verdict = segregate.segregate(
+                learnt.sightings, corpus.labels, settings.segregate, backend, witness
+            )
+        kept.save("verdict", lambda: segregate.of_verdict(verdict))
     suspect = verdict.suspect
     log("verdict", suspects=int(suspect.sum()), rows=len(corpus), **verdict.notes)
     with clock("conceal"):
@@ -182,6 +210,7 @@ def conclude(
                 backend,
                 seed=seed,
                 log=log,
+                kept=kept,
             )
     return Outcome(
         concealed,

@@ -31,3 +31,7 @@ class Interrupted(CscError):
 
 class DeviceTooSmall(CscError):
     """The work does not fit into the device's memory, even in the smallest steps."""
+
+
+class Terminated(Interrupted):
+    """The machine wants its place back (SIGTERM): the work stopped at a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
 from csc_gpu.backend import Backend, open_backend, reader
 from csc_gpu.backend.doctor import describe
-from csc_gpu.config import override, to_toml
+from csc_gpu.checkpoint import Folder, Record
+from csc_gpu.config import flattened, override, to_toml
 from csc_gpu.defenses import DEFENSES
 from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.models import new_model
@@ -165,9 +167,13 @@ def train(
     seed: int,
     skip_broken: bool,
     force: bool,
+    resume: bool,
     backend: Backend,
 ) -> str:
-    """Run a defense on a source and write the run directory; the verdict, in a few lines."""
+    """Run a defense on a source and write the run directory; the verdict, in a few lines.
+
+    With resume an interrupted run there is gone on with, and a finished one left as it is.
+    """
     if defense not in DEFENSES:
         raise ConfigError(f"unknown defense {defense!r}; there are {', '.join(DEFENSES)}")
     entry = DEFENSES[defense]
@@ -177,9 +183,13 @@ def train(
     if not settings.train.model:
         settings = override(settings, {"train.model": backend.usual_model})
     run.check_apart(source, out)
-    with run.fresh_directory(out, run.RUN, force=force) as folder:
+    if resume and (out / "summary.json").exists() and not run.partial_of(out).exists():
+        done = read_summary(out)
+        return f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
+    with run.fresh_directory(out, run.RUN, force=force, resume=resume) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
-        with Console(folder / "log.jsonl") as log:
+        kept = Folder(folder / run.CHECKPOINTS, minutes=settings.checkpoint.minutes)
+        with Console(folder / "log.jsonl") as log, kept.heeding_sigterm():
             log.say(
                 f"csc-gpu train: {settings.train.model} on {backend.name}, defense {defense}, "
                 f"rule {settings.segregate.rule}, seed {seed}, "
@@ -200,15 +210,65 @@ def train(
                 f"held out; {plan.epochs} epochs are {plan.steps} optimiser steps"
             )
             run.check_room(folder, needed_bytes(split.train, settings))
+            about = identity(source, split.train, settings, defense, seed)
+            starts = count_start(kept, about, log)
             start = time.process_time(), time.perf_counter()
-            outcome = entry.run(DefenderView(split.train), settings, backend, seed=seed, log=log)
+            outcome = entry.run(
+                DefenderView(split.train), settings, backend, seed=seed, log=log, kept=kept
+            )
             spent = time.process_time() - start[0], time.perf_counter() - start[1]
             summary = summarise(source, split, outcome, settings, backend)
-            summary |= {"defense": defense, "seed": seed}
+            summary |= {"defense": defense, "seed": seed, "starts": starts}
             summary |= {"cpu_seconds": round(spent[0], 2), "wall_seconds": round(spent[1], 2)}
             save_outcome(folder, outcome, split, settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
+
+
+def identity(
+    source: str, corpus: Corpus, settings: csc.Settings, defense: str, seed: int
+) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with."""
+    rows = hashlib.sha256("\n".join(corpus.paths).encode(errors="surrogateescape"))
+    rows.update(corpus.labels.astype("<i8").tobytes())
+    chosen = {
+        name: value
+        for name, value in flattened(settings).items()
+        if not name.startswith(("gpu.", "checkpoint."))
+    }
+    return {
+        "source": str(Path(source).absolute()) if Path(source).exists() else source,
+        "rows": len(corpus),
+        "rows and labels": rows.hexdigest(),
+        "classes": list(corpus.classes),
+        "image size": list(corpus.image_size),
+        "--defense": defense,
+        "--seed": seed,
+        **chosen,
+    }
+
+
+def count_start(kept: Folder, about: Mapping[str, Any], log: Console) -> int:
+    """How often the run has been started, this time included.
+
+    Raises ConfigError if an earlier start was of another corpus or had other settings.
+    """
+    before = kept.load("run")
+    starts = before.facts["starts"] + 1 if before else 1
+    if before is not None:
+        was, commit = before.facts["about"], before.facts["commit"]
+        for name, value in about.items():
+            if was.get(name) != value:
+                raise ConfigError(
+                    f"the interrupted run had {name} {was.get(name)!r}, not {value!r}; resume it "
+                    "as it was begun, or begin anew with --force"
+                )
+        log.say(f"resumed, start {starts}")
+        if commit != run.commit():
+            log.say(f"note: it was begun with the code of {commit}, this is {run.commit()}")
+    facts = {"about": about, "starts": starts, "commit": run.commit()}
+    kept.save("run", lambda: Record({}, facts))
+    return starts
 
 
 def memory_check(
@@ -230,12 +290,16 @@ def memory_check(
 
 
 def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
-    """About what a run will write: up to three models, a line a row, features if they are kept."""
+    """About what a run will write: up to three models, a line a row, features if they are kept.
+
+    And checkpoints: weights and momentum of up to four trainings, every snapshot's clusters.
+    """
     model = new_model(settings.train.model, corpus.n_classes, corpus.image_size[0], seed=0)
     weights: int = sum(weight.numel() for weight in model.state_dict().values())
     watched = len(settings.watch.steps(budget(len(corpus), settings.train)))
-    kept = (watched + 1) * model.n_features * len(corpus) if settings.watch.keep else 0
-    return 4 * (3 * weights + kept) + BYTES_PER_LINE * len(corpus)
+    kept = (2 * watched + 1) * model.n_features if settings.watch.keep else 0  # numbers a row
+    evidence = watched * len(settings.segregate.scales)
+    return 4 * (11 * weights + (kept + evidence) * len(corpus)) + BYTES_PER_LINE * len(corpus)
 
 
 def save_outcome(

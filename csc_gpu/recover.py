@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from csc_gpu import train
 from csc_gpu.backend import Backend
+from csc_gpu.checkpoint import NOWHERE, Checkpoints
 from csc_gpu.config import require
 from csc_gpu.models import Net
 from csc_gpu.types import Corpus, Log, Mask, Segregation, quiet
@@ -58,6 +59,7 @@ def recover(
     *,
     seed: int,
     log: Log = quiet,
+    kept: Checkpoints = NOWHERE,
 ) -> Recovered:
     """A net trained as long as the first one, but for the unwanted rows (N,).
 
@@ -65,6 +67,8 @@ def recover(
     """
     model = untrained(seed + 2)
     rows = np.flatnonzero(~unwanted)
-    for at in train.train(model, corpus, training, backend, seed=seed + 2, rows=rows):
+    for at in train.train(
+        model, corpus, training, backend, seed=seed + 2, rows=rows, kept=kept, name="recover"
+    ):
         log("step", stage="recover", at=at)
     return Recovered(model, unwanted)

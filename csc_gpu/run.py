@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from safetensors.torch import load_file, save
 from csc_gpu import segregate
 from csc_gpu.backend import Backend
 from csc_gpu.data.arrays import load_arrays
-from csc_gpu.errors import CorpusError, CscError, Interrupted, OutputError
+from csc_gpu.errors import CorpusError, CscError, Interrupted, OutputError, Terminated
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import Array, Corpus, Mask, Reclassified, Segregation, Transfer, Witness
 
@@ -85,39 +86,76 @@ VERDICT = Kind(
     frozenset({"suspects.csv", "clusters.csv", "settings.toml", "summary.json", "log.jsonl"}),
 )
 MODELS = frozenset(f"{name}.safetensors" for name in ("model", "undefended", "recovered"))
-RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json"})
+CHECKPOINTS = "checkpoint"
+"""The folder of an unfinished run in which its checkpoints lie."""
+RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json", CHECKPOINTS})
 POISONED = Kind(
     "poison", frozenset({"train", "test", "classes.txt", "key.npz", "truth.csv", "recipe.json"})
 )
 
 
 @contextmanager
-def fresh_directory(out: Path, kind: Kind, *, force: bool) -> Iterator[Path]:
+def fresh_directory(out: Path, kind: Kind, *, force: bool, resume: bool = False) -> Iterator[Path]:
     """A directory to write in, which becomes `out` if the block ends well.
 
-    With force an earlier result of the same kind is replaced; anything else stays. Raises
-    OutputError if it cannot be written, Interrupted on Ctrl-C.
+    With force an earlier result of the same kind is replaced; anything else stays. With resume the
+    checkpoints of an interrupted run are found there again. Raises OutputError if it cannot be
+    written or another run is writing there, Interrupted on Ctrl-C.
     """
     check_free(out, kind, force=force)
-    out = out.resolve()
-    partial = out.with_name(out.name + ".partial")
-    with writing(out):
+    out, partial = out.resolve(), partial_of(out)
+    with writing(out), _alone(partial, kind):
         try:
-            _begin(partial, kind)
+            _begin(partial, kind, force=force, resume=resume)
             yield partial
             if out.exists():
                 shutil.rmtree(out)
             os.replace(partial, out)
-        except KeyboardInterrupt:
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        except (KeyboardInterrupt, Terminated) as stop:
             kept = _kept(partial)
             _remove_if_empty(partial)
+            if isinstance(stop, Terminated):
+                raise Terminated(f"terminated; {kept}") from None
             raise Interrupted(f"interrupted; {kept}") from None
         except CscError:
-            _remove(partial)  # refused input: nothing there is worth keeping
+            if not (partial / CHECKPOINTS).exists():
+                _remove(partial)  # refused input: nothing there is worth keeping
             raise
         except BaseException:
             _remove_if_empty(partial)
             raise
+
+
+def partial_of(out: Path) -> Path:
+    """Where `out` is written until it is complete."""
+    out = out.resolve()
+    return out.with_name(out.name + ".partial")
+
+
+@contextmanager
+def _alone(partial: Path, kind: Kind) -> Iterator[None]:
+    """No second process writes there; the kernel forgets the lock of one that was killed."""
+    if not partial.exists():
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / OURS).write_text(kind.command + "\n", encoding="utf-8")
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    place = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        os.close(place)
+        raise OutputError(
+            f"another csc-gpu is writing {partial}; wait for it, or choose another place"
+        ) from fault
+    try:
+        yield
+    finally:
+        os.close(place)
 
 
 @contextmanager
@@ -180,19 +218,29 @@ def _is_ours(folder: Path, kind: Kind) -> bool:
     return mark.is_file() and mark.read_text(encoding="utf-8").strip() == kind.command
 
 
-def _begin(partial: Path, kind: Kind) -> None:
-    """Make the partial directory anew; what an interrupted run of ours left there goes."""
-    if partial.exists():
-        if not (partial / OURS).exists():
-            raise OutputError(f"{partial} is in the way and is not ours; move it")
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    (partial / OURS).write_text(kind.command + "\n", encoding="utf-8")
+def _begin(partial: Path, kind: Kind, *, force: bool, resume: bool) -> None:
+    """Empty the partial directory, unless what an interrupted run of ours left is gone on with."""
+    if not (partial / OURS).exists():
+        raise OutputError(f"{partial} is in the way and is not ours; move it")
+    if resume:
+        return
+    if (partial / CHECKPOINTS).exists() and not force:
+        raise OutputError(
+            f"{partial} holds an interrupted run; go on with --resume, or begin anew with --force"
+        )
+    for path in partial.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != OURS:
+            path.unlink()
 
 
 def _kept(partial: Path) -> str:
     kept = _contents(partial)
-    return f"kept in {partial}: {', '.join(kept)}" if kept else "nothing had been written"
+    if not kept:
+        return "nothing had been written"
+    more = "; go on with --resume" if CHECKPOINTS in kept else ""
+    return f"kept in {partial}: {', '.join(kept)}{more}"
 
 
 def _contents(partial: Path) -> list[str]:

@@ -7,8 +7,10 @@ SGD with momentum and a one-cycle learning rate: a linear warm-up, then a linear
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,9 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from csc_gpu.backend import Augment, Backend
+from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, fingerprint
 from csc_gpu.config import require
+from csc_gpu.errors import CorpusError
 from csc_gpu.models import MODELS, Net
 from csc_gpu.types import Corpus
 
@@ -96,13 +100,20 @@ def train(
     *,
     seed: int,
     rows: NDArray[np.int64] | None = None,
+    kept: Checkpoints = NOWHERE,
+    name: str = "train",
+    keep_at: Container[int] = (),
 ) -> Iterator[Moment]:
     """Train on these rows (all, if None), cross-entropy; yields after every step.
 
-    The model is in train mode whenever a step begins, whatever the caller did in between.
+    The model is in train mode whenever a step begins, whatever the caller did in between. The state
+    is kept under `name`, for these rows alone, after every epoch, after the steps in keep_at and
+    when `kept` says so. Training goes on from what was kept before: it begins with that moment, so
+    that what was to be done there can be done again.
     """
     rng = np.random.default_rng(seed)
     rows = np.arange(len(corpus)) if rows is None else rows
+    name = f"{name}-{fingerprint(rows)}"
     plan = budget(len(rows), settings)
     shift = round(settings.shift * corpus.image_size[0])
     augment = Augment(shift=shift, flip=settings.flip)
@@ -115,10 +126,18 @@ def train(
         fused=backend.fused or None,  # None is torch's own choice
     )
     warmup = min(settings.warmup, 0.2 * plan.epochs) * plan.steps_per_epoch
-    step = 0
-    for _ in range(plan.epochs):
-        order = rng.permutation(rows)
-        for batch in backend.batches(corpus, settings.batch, order=order, augment=augment, rng=rng):
+    step, before = 0, kept.load(name)
+    if before is not None:
+        restore(before, model, optimiser, rng)
+        step, lr = before.facts["step"], before.facts["lr"]
+        yield Moment(step, step / plan.steps_per_epoch, before.tensors["loss"], lr, plan)
+    first, done = divmod(step, plan.steps_per_epoch)
+    for epoch in range(first, plan.epochs):
+        drawn_from = rng.bit_generator.state
+        order, skip = rng.permutation(rows), done if epoch == first else 0
+        for batch in backend.batches(
+            corpus, settings.batch, order=order, augment=augment, rng=rng, skip=skip
+        ):
             step += 1
             lr = settings.lr * one_cycle(step, warmup, plan.steps)
             optimiser.param_groups[0]["lr"] = lr
@@ -128,7 +147,48 @@ def train(
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
+            ended = step % plan.steps_per_epoch == 0
+            if ended or step in keep_at or kept.is_due():
+                state = rng.bit_generator.state if ended else drawn_from
+                facts = {"step": step, "lr": lr, "random": state}
+                kept.save(name, partial(record, model, optimiser, loss.detach(), facts))
             yield Moment(step, step / plan.steps_per_epoch, loss.detach(), lr, plan)
+
+
+def record(
+    model: Net, optimiser: torch.optim.Optimizer, loss: torch.Tensor, facts: Mapping[str, Any]
+) -> Record:
+    """The state of a training: weights and running statistics, momentum, where it is."""
+    weights = {f"model.{name}": value.detach() for name, value in model.state_dict().items()}
+    momentum = {
+        f"momentum.{number}": held["momentum_buffer"]
+        for number, held in optimiser.state_dict()["state"].items()
+        if held.get("momentum_buffer") is not None
+    }
+    return Record({**weights, **momentum, "loss": loss}, facts)
+
+
+def restore(
+    kept: Record, model: Net, optimiser: torch.optim.Optimizer, rng: np.random.Generator
+) -> None:
+    """Put a training's state back. Raises CorpusError if it is that of another net."""
+    weights = {
+        name.removeprefix("model."): value
+        for name, value in kept.tensors.items()
+        if name.startswith("model.")
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as fault:
+        raise CorpusError(
+            "the checkpoint is of another net; resume with the settings of then, or begin anew "
+            "with --force"
+        ) from fault
+    for number, weight in enumerate(model.parameters()):
+        momentum = kept.tensors.get(f"momentum.{number}")
+        if momentum is not None:
+            optimiser.state[weight]["momentum_buffer"] = momentum.to(weight.device)
+    rng.bit_generator.state = kept.facts["random"]
 
 
 def one_cycle(step: int, warmup: float, steps: int) -> float:

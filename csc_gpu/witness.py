@@ -10,6 +10,7 @@ import numpy as np
 
 from csc_gpu import segregate, train, trigger
 from csc_gpu.backend import Backend
+from csc_gpu.checkpoint import NOWHERE, Checkpoints
 from csc_gpu.errors import TrainingDiverged
 from csc_gpu.features import features, predict
 from csc_gpu.models import Net
@@ -33,10 +34,12 @@ class Trained:
         *,
         seed: int,
         log: Log = quiet,
+        kept: Checkpoints = NOWHERE,
     ) -> None:
         self._model, self._corpus, self._new_model = model, corpus, new_model
         self._training, self._segregation = training, segregation
         self._backend, self._clock, self._seed, self._log = backend, clock, seed, log
+        self._kept = kept
         self._points: Array | None = None
 
     def points(self) -> Array:
@@ -66,7 +69,16 @@ class Trained:
         rows = np.flatnonzero(~(candidates | controls))
         with self._clock("verify"):
             model = self._new_model(seed + 1)
-            for at in train.train(model, corpus, short, backend, seed=seed + 1, rows=rows):
+            for at in train.train(
+                model,
+                corpus,
+                short,
+                backend,
+                seed=seed + 1,
+                rows=rows,
+                kept=self._kept,
+                name="verify",
+            ):
                 self._log("step", stage="verify", at=at)
             few = corpus.n_classes < 2**15
             outputs = predict(model, corpus, backend).astype(np.int16 if few else np.int32)

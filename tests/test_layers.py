@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "csc_gpu"
 LAYERS = (
     {"errors", "types"},
     {"config"},
+    {"checkpoint"},
     {"data"},
     {"backend"},
     {"models", "train", "features"},

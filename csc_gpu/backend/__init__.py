@@ -126,10 +126,12 @@ class Backend(Protocol):
         order: NDArray[np.int64] | None = None,
         augment: Augment | None = None,
         rng: np.random.Generator | None = None,
+        skip: int = 0,
     ) -> Iterator[Batch]:
         """The rows of `order` (all, if None), `size` at a time; every one exactly once.
 
-        Pixels that are resident are gathered, files are read on the way.
+        Pixels that are resident are gathered, files are read on the way. The first `skip` batches
+        are drawn like the others, and neither read nor given.
         """
 
     def array(self, tensor: torch.Tensor) -> Array:

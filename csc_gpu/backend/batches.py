@@ -30,9 +30,10 @@ class Batches:
         order: NDArray[np.int64] | None = None,
         augment: Augment | None = None,
         rng: np.random.Generator | None = None,
+        skip: int = 0,
     ) -> Iterator[Batch]:
         """See Backend.batches."""
-        how: dict[str, Any] = {"order": order, "augment": augment, "rng": rng}
+        how: dict[str, Any] = {"order": order, "augment": augment, "rng": rng, "skip": skip}
         if corpus.pixels is None:
             return loader.stream(corpus, size, self.decoder, **how)
         return resident.batches(self._placed(corpus.pixels), corpus.labels, size, **how)

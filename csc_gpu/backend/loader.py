@@ -322,6 +322,7 @@ def stream(
     order: NDArray[np.int64] | None,
     augment: Augment | None,
     rng: np.random.Generator | None,
+    skip: int = 0,
 ) -> Iterator[Batch]:
     """The batches of `resident.batches`, read from the corpus's files on the way.
 
@@ -336,15 +337,17 @@ def stream(
             nothing, corpus.labels, size, order=order, augment=augment, rng=rng
         )
         return
-    parts = even_parts(np.arange(len(order)), size)  # positions in the order
+    every = even_parts(np.arange(len(order)), size)  # positions in the order
+    drawn, parts = draw(augment, rng, every), every[skip:]
+    if not parts:
+        return
     # a part is read in as many runs as its decoded files need, all of one size: what is short
     # repeats its last row, which is dropped
-    longest = len(parts[0])
+    longest = len(every[0])
     runs_a_part = -(-longest // max(1, DECODED_BYTES // max(1, corpus.file_bytes)))
     batch = -(-longest // runs_a_part)
     full = runs_a_part * batch
     at = np.concatenate([np.pad(part, (0, full - len(part)), mode="edge") for part in parts])
-    drawn = draw(augment, rng, parts)
     changes = None if drawn is None else Changes(drawn.mirrored[at], drawn.by[:, at])
     files = [corpus.files[row] for row in order[at]]
     reading = Reading(files, order[at], height, width, batch, decoder, changes=changes)

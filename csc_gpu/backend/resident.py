@@ -25,6 +25,7 @@ def batches(
     order: NDArray[np.int64] | None,
     augment: Augment | None,
     rng: np.random.Generator | None,
+    skip: int = 0,
 ) -> Iterator[Batch]:
     """The rows of `order` of pixels (N, H, W, 3), each exactly once, in even batches.
 
@@ -39,8 +40,8 @@ def batches(
     if changes is not None:
         mirrored = torch.from_numpy(changes.mirrored).to(device)
         by = torch.from_numpy(changes.by).to(device)
-    start = 0
-    for part in parts:
+    start = sum(map(len, parts[:skip]))
+    for part in parts[skip:]:
         here = slice(start, start + len(part))
         start = here.stop
         rows = all_rows[here]

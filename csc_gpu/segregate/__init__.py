@@ -18,12 +18,25 @@ from numpy.typing import NDArray
 from csc_gpu.backend import Backend
 from csc_gpu.errors import CorpusError
 from csc_gpu.segregate.clusters import observe
+from csc_gpu.segregate.records import of_sighting, of_verdict, to_sighting, to_verdict
 from csc_gpu.segregate.rules import RULES, gather, listing, looked_at
 from csc_gpu.segregate.settings import Settings
 from csc_gpu.segregate.verify import Verdict, verify
 from csc_gpu.types import Mask, Segregation, Sighting, Witness
 
-__all__ = ["RULES", "Settings", "capped", "looked_at", "observe", "segregate", "voted_core"]
+__all__ = [
+    "RULES",
+    "Settings",
+    "capped",
+    "looked_at",
+    "observe",
+    "of_sighting",
+    "of_verdict",
+    "segregate",
+    "to_sighting",
+    "to_verdict",
+    "voted_core",
+]
 
 
 def segregate(

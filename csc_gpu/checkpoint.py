@@ -1,0 +1,170 @@
+"""How far a run has come, on disk: after an end of any kind it goes on from there.
+
+A record is one safetensors file, arrays with facts as JSON in its header; nothing in it is code. It
+is written beside and put in place in one step, so that it is either the old record or the new one.
+A training keeps its state so (train.py), the evidence and the verdict theirs (csc.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from csc_gpu.config import require
+from csc_gpu.errors import CorpusError, Terminated
+
+PATIENCE = 8.0
+"""Seconds that a run asked to stop has to reach the end of a step; then it stops where it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How often a run puts down how far it is."""
+
+    minutes: float = 10.0
+    """Most minutes between two checkpoints of a training; every epoch ends with one as well."""
+
+    def __post_init__(self) -> None:
+        require(self, "checkpoint", "above 0", lambda value: value > 0, "minutes")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was put down under one name."""
+
+    tensors: Mapping[str, torch.Tensor]  # on the CPU
+    facts: Mapping[str, Any]  # JSON
+
+
+def fingerprint(rows: NDArray[np.int64]) -> str:
+    """Tells these rows (N,) from all others, for only the same may go on from a record."""
+    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+class Checkpoints(Protocol):
+    """Where a stage puts down how far it is, and finds what it put down before."""
+
+    def load(self, name: str) -> Record | None:
+        """The last record of that name; None if there is none."""
+
+    def save(self, name: str, told: Callable[[], Record]) -> None:
+        """Replace the record of that name. Raises Terminated if the run has been asked to stop."""
+
+    def is_due(self) -> bool:
+        """Whether the next moment at which the state is whole should be put down."""
+
+
+class Nowhere:
+    """Checkpoints of someone who keeps none."""
+
+    def load(self, name: str) -> Record | None:
+        """Nothing."""
+
+    def save(self, name: str, told: Callable[[], Record]) -> None:
+        """Not even told."""
+
+    def is_due(self) -> bool:
+        """Never."""
+        return False
+
+
+NOWHERE = Nowhere()
+
+
+class Folder:
+    """Checkpoints as files in a folder, which is made with the first of them."""
+
+    def __init__(
+        self, folder: Path, *, minutes: float, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._folder, self._seconds, self._now = folder, 60 * minutes, now
+        self._last = now()
+        self._asked_to_stop = False
+
+    def load(self, name: str) -> Record | None:
+        """See Checkpoints. Raises CorpusError for a file that is none of ours."""
+        path = self._path(name)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["facts"])
+                names = file.keys()
+                return Record({key: file.get_tensor(key) for key in names}, facts)
+        except (OSError, SafetensorError, KeyError, ValueError) as fault:
+            raise CorpusError(
+                f"cannot read the checkpoint {path}: {fault}; remove that file to do its part "
+                "again, or begin anew with --force"
+            ) from fault
+
+    def save(self, name: str, told: Callable[[], Record]) -> None:
+        """See Checkpoints. Raises OSError where the disk is full; the last record then stands."""
+        record = told()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        whole = {key: tensor.cpu().contiguous() for key, tensor in record.tensors.items()}
+        content = save(whole, metadata={"facts": json.dumps(record.facts)})
+        path = self._path(name)
+        partial = path.with_name(path.name + ".partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        self._last = self._now()
+        if self._asked_to_stop:
+            raise Terminated("terminated")
+
+    def is_due(self) -> bool:
+        """See Checkpoints."""
+        return self._asked_to_stop or self._now() - self._last >= self._seconds
+
+    @contextmanager
+    def heeding_sigterm(self) -> Iterator[None]:
+        """SIGTERM asks for a last record, and ends the work if PATIENCE runs out before that.
+
+        Raises Terminated then; in threads other than the first nothing is heeded.
+        """
+        if sys.platform == "win32" or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def asked(number: int, frame: object) -> None:
+            self._asked_to_stop = True
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+
+        def late(number: int, frame: object) -> None:
+            raise Terminated("terminated")
+
+        before = {
+            kind: signal.signal(kind, do)
+            for kind, do in ((signal.SIGTERM, asked), (signal.SIGALRM, late))
+        }
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.safetensors"
