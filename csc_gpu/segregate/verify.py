@@ -315,8 +315,10 @@ def judge(
     If a share `differs` of a group is predicted otherwise, and a share `wrong` of unseen benign
     rows is, the group's share of poison is (differs - wrong) / (1 - wrong), were all poison to
     differ. Of the differing rows, poison / differs are then poison: enough, and they are kept.
-    Where the check is unsure the rows stand as they are, and where it confirms the label of rows
-    that command it (poison with a true label); if it is sure of that, they must command it surely.
+    Rows that command the label must do so surely, and stand as they are, where the check is unsure,
+    where it contradicts even most rows of the label that it learnt from, or where it confirms their
+    label (poison with a true one). Rows that do not need a check that knows the label, and more of
+    poison if it is sure.
     """
     ours = labels == case.label
     differs = check.predicted != labels
@@ -336,21 +338,23 @@ def judge(
     case.told["wrong_on_controls"] = round(wrong, 4)
     case.told["checked"] = [int(group.sum()) for group in groups]
     case.told["poison_share"] = [round(poison_share(group), 4) for group in groups]
-    is_sure, nobody = wrong <= UNSURE, np.zeros_like(ours)
-    if not case.is_commanded and not false_label:
-        return None
-    if not case.is_commanded and is_sure and poison_share(case.poison) < UNEXPLAINED:
-        return None
-    if not false_label and is_sure and case.commands < SURELY:
-        return None
-    if not is_sure or not false_label:
-        return Word(case.poison, nobody)
+    is_sure = wrong <= UNSURE
+    knows_label = groups[-1].any() and differs[groups[-1]].mean() < 0.5
+    as_it_is = Word(case.poison, np.zeros_like(ours))
+    if case.is_commanded and not (is_sure and knows_label and false_label):
+        return as_it_is if case.commands >= SURELY else None
+    if not case.is_commanded:
+        least = UNEXPLAINED if is_sure else 0.5
+        if not knows_label or poison_share(case.poison) < least:
+            return None
+        if not is_sure:
+            return as_it_is
     poison = case.firm
     for group in groups:
         share = poison_share(group)
         if share > 0 and share >= TRUSTED * float(differs[group].mean()):
             poison = poison | (group & differs)
-    return Word(poison, ours & ~differs) if poison.any() else Word(case.poison, nobody)
+    return Word(poison, ours & ~differs) if poison.any() else as_it_is
 
 
 def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
