@@ -288,6 +288,10 @@ def export_corpus(**what: Any) -> None:
 @click.option(
     "--recover", is_flag=True, help="Also give a net without the suspects, for the true class."
 )
+@click.option("--quiet", is_flag=True, help="Nothing on stderr; log.jsonl tells how far it is.")
+@click.option(
+    "--tensorboard", is_flag=True, help="Curves and cluster tables in the run's tensorboard/."
+)
 @click.option(
     "--resume", is_flag=True, help="Go on with the run at --out that was interrupted, if any."
 )

@@ -19,6 +19,7 @@ from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
 from csc_gpu.backend import Backend, open_backend, reader
 from csc_gpu.backend.doctor import describe
+from csc_gpu.board import Board
 from csc_gpu.checkpoint import Folder, Record
 from csc_gpu.config import flattened, override, to_toml
 from csc_gpu.defenses import DEFENSES
@@ -168,6 +169,8 @@ def train(
     skip_broken: bool,
     force: bool,
     resume: bool,
+    quiet: bool,
+    tensorboard: bool,
     backend: Backend,
 ) -> str:
     """Run a defense on a source and write the run directory; the verdict, in a few lines.
@@ -189,7 +192,11 @@ def train(
     with run.fresh_directory(out, run.RUN, force=force, resume=resume) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
         kept = Folder(folder / run.CHECKPOINTS, minutes=settings.checkpoint.minutes)
-        with Console(folder / "log.jsonl") as log, kept.heeding_sigterm():
+        board = Board(folder / run.BOARD, backend.to_numpy) if tensorboard else None
+        with (
+            Console(folder / "log.jsonl", silent=quiet, board=board) as log,
+            kept.heeding_sigterm(),
+        ):
             log.say(
                 f"csc-gpu train: {settings.train.model} on {backend.name}, defense {defense}, "
                 f"rule {settings.segregate.rule}, seed {seed}, "

@@ -3,27 +3,81 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
+from csc_gpu.board import Board
 from csc_gpu.train import Moment
 from csc_gpu.types import Sighting
 
+STATM = Path("/proc/self/statm")
+
+
+class Pace:
+    """How fast a training goes: seconds between its steps, without what is done in between."""
+
+    def __init__(self) -> None:
+        self._stage, self._last = "", 0.0
+        self._images = self._seconds = 0.0
+
+    def step(self, stage: str, at: Moment) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        if stage == self._stage and self._last:
+            self._images += at.rows / at.budget.steps_per_epoch
+            self._seconds += now - self._last
+        self._stage, self._last = stage, now
+
+    def pause(self) -> None:
+        """Something else took time: the next step begins a new measurement."""
+        self._last = 0.0
+
+    def images_per_second(self) -> float:
+        """Since the last call; 0 if no step could be measured."""
+        rate = self._images / self._seconds if self._seconds else 0.0
+        self._images = self._seconds = 0.0
+        return round(rate, 1)
+
+
+def memory() -> dict[str, float]:
+    """Bytes in use now, of main memory and of the GPU, where they can be told."""
+    told: dict[str, float] = {}
+    if STATM.exists():
+        pages = int(STATM.read_text(encoding="ascii").split()[1])
+        told["resident_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        told["gpu_bytes"] = torch.cuda.memory_allocated()
+    return told
+
 
 class Console:
-    """A Log: call it with an event and its fields. Use it in a with-block."""
+    """A Log: call it with an event and its fields. Use it in a with-block.
 
-    def __init__(self, file: Path | None = None, *, every: float = 5.0) -> None:
+    With `silent` nothing goes to stderr; the file and the board are written all the same.
+    """
+
+    def __init__(
+        self,
+        file: Path | None = None,
+        *,
+        every: float = 5.0,
+        silent: bool = False,
+        board: Board | None = None,
+    ) -> None:
         self._file = file.open("a", encoding="utf-8") if file else None
         self._start = time.perf_counter()
         self._bar: tqdm[Any] | None = None
         self._every = every  # seconds between two lines about epochs
         self._spoke = self._start
+        self._silent, self._board = silent, board
+        self._pace = Pace()
 
     def __enter__(self) -> Console:
         return self
@@ -37,6 +91,8 @@ class Console:
         self._close_bar()
         if self._file:
             self._file.close()
+        if self._board:
+            self._board.close()
 
     def __call__(self, event: str, **fields: Any) -> None:
         """Tell one event; known ones are step, snapshot, stream, and done/total of anything."""
@@ -55,15 +111,20 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line for the user, above the bar."""
-        tqdm.write(text, file=sys.stderr)
+        if not self._silent:
+            tqdm.write(text, file=sys.stderr)
 
     def _step(self, stage: str, at: Moment) -> None:
         steps = at.budget.steps_per_epoch
+        self._pace.step(stage, at)
         self._advance(stage, at.step, at.budget.steps, "steps")
         if at.step % steps and at.step != at.budget.steps:
             return
         epoch, loss = round(at.epoch), float(at.loss)
-        self._write(stage, epoch=epoch, step=at.step, loss=loss, lr=at.lr)
+        told = {"images_per_second": self._pace.images_per_second(), **memory()}
+        self._write(stage, epoch=epoch, step=at.step, loss=loss, lr=at.lr, **told)
+        if self._board:
+            self._board.epoch(stage, at, told)
         now = time.perf_counter()
         if now - self._spoke < self._every and at.step < at.budget.steps:
             return
@@ -74,6 +135,9 @@ class Console:
         )
 
     def _snapshot(self, sighting: Sighting) -> None:
+        self._pace.pause()
+        if self._board:
+            self._board.snapshot(sighting)
         sizes = [len(clusters.size) for clusters in sighting.clusterings]
         self._write(
             "snapshot",
@@ -87,7 +151,7 @@ class Console:
     def _advance(self, what: str, done: int, total: int, unit: str) -> None:
         if self._bar is None or self._bar.desc != f"{what}: ":
             self._close_bar()
-            quiet = not sys.stderr.isatty()
+            quiet = self._silent or not sys.stderr.isatty()
             self._bar = tqdm(
                 total=total, desc=what, unit=f" {unit}", leave=False, file=sys.stderr, disable=quiet
             )

@@ -8,6 +8,7 @@
     settings.toml            every setting, resolved
     summary.json             verdict, evidence, counts, versions, seconds
     log.jsonl                one line an event
+    tensorboard/             curves and cluster tables (if asked for)
     score.json               added by `csc-gpu score`
 
 Work goes on in `<out>.partial`, which takes the place of `<out>` when it is complete: an older run
@@ -88,7 +89,9 @@ VERDICT = Kind(
 MODELS = frozenset(f"{name}.safetensors" for name in ("model", "undefended", "recovered"))
 CHECKPOINTS = "checkpoint"
 """The folder of an unfinished run in which its checkpoints lie."""
-RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json", CHECKPOINTS})
+BOARD = "tensorboard"
+"""The folder of a run that TensorBoard reads."""
+RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json", CHECKPOINTS, BOARD})
 POISONED = Kind(
     "poison", frozenset({"train", "test", "classes.txt", "key.npz", "truth.csv", "recipe.json"})
 )

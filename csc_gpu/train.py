@@ -83,6 +83,7 @@ class Moment:
     loss: torch.Tensor  # () of this batch, on the device; reading it waits for the device
     lr: float
     budget: Budget
+    rows: int = 0  # in a pass; 0: not told
 
 
 def budget(n_rows: int, settings: Settings) -> Budget:
@@ -130,7 +131,7 @@ def train(
     if before is not None:
         restore(before, model, optimiser, rng)
         step, lr = before.facts["step"], before.facts["lr"]
-        yield Moment(step, step / plan.steps_per_epoch, before.tensors["loss"], lr, plan)
+        yield Moment(step, step / plan.steps_per_epoch, before.tensors["loss"], lr, plan, len(rows))
     first, done = divmod(step, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         drawn_from = rng.bit_generator.state
@@ -152,7 +153,7 @@ def train(
                 state = rng.bit_generator.state if ended else drawn_from
                 facts = {"step": step, "lr": lr, "random": state}
                 kept.save(name, partial(record, model, optimiser, loss.detach(), facts))
-            yield Moment(step, step / plan.steps_per_epoch, loss.detach(), lr, plan)
+            yield Moment(step, step / plan.steps_per_epoch, loss.detach(), lr, plan, len(rows))
 
 
 def record(

@@ -560,3 +560,15 @@ def test_attacks_and_defenses_are_listed_name_first():
     assert [line.split()[0] for line in lines] == list(ATTACKS)
     assert all(ATTACKS[line.split()[0]].family == line.split()[1] for line in lines)
     assert [line.split()[0] for line in call("defenses").output.splitlines()] == ["csc", "plain"]
+
+
+def test_a_quiet_run_says_its_verdict_alone_and_may_leave_a_board(tmp_path):
+    quick = ("train.epochs=1", "train.min_steps=1", "conceal.epochs=1", "segregate.rule=text")
+    sets = [word for change in quick for word in ("--set", change)]
+    words = ["train", "digits", "--out", tmp_path / "run", "--cpu", "--threads", 1, "--quiet"]
+    done = CliRunner().invoke(cli, [str(word) for word in [*words, "--tensorboard", *sets]])
+    assert done.exit_code == 0, done.output
+    assert done.stderr == ""
+    assert "summary: " in done.stdout
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+    assert not (tmp_path / "run" / "checkpoint").exists()

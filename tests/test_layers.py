@@ -21,7 +21,7 @@ LAYERS = (
     {"witness"},
     {"csc", "attacks", "defenses", "sources"},
     {"answers", "evaluate", "foreign", "plan"},
-    {"run", "progress"},
+    {"run", "board", "progress"},
     {"pipeline", "bench"},
     {"cli", "__main__"},
 )
