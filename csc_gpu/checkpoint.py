@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import sys
@@ -23,8 +24,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from csc_gpu.config import require
 from csc_gpu.errors import CorpusError, Terminated
@@ -50,6 +51,21 @@ class Record:
 
     tensors: Mapping[str, torch.Tensor]  # on the CPU
     facts: Mapping[str, Any]  # JSON
+
+
+def to_bytes(record: Record) -> bytes:
+    """A record as one safetensors file."""
+    whole = {key: tensor.cpu().contiguous() for key, tensor in record.tensors.items()}
+    content: bytes = save(whole, metadata={"facts": json.dumps(record.facts)})
+    return content
+
+
+def from_bytes(content: bytes) -> Record:
+    """What `to_bytes` made; raises SafetensorError, KeyError or ValueError for anything else."""
+    tensors = load(content)
+    length = int.from_bytes(content[:8], "little")  # of the header, which safetensors has checked
+    header = json.loads(content[8 : 8 + length])
+    return Record(tensors, json.loads(header["__metadata__"]["facts"]))
 
 
 def fingerprint(rows: NDArray[np.int64]) -> str:
@@ -103,10 +119,7 @@ class Folder:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})["facts"])
-                names = file.keys()
-                return Record({key: file.get_tensor(key) for key in names}, facts)
+            return from_bytes(path.read_bytes())
         except (OSError, SafetensorError, KeyError, ValueError) as fault:
             raise CorpusError(
                 f"cannot read the checkpoint {path}: {fault}; remove that file to do its part "
@@ -115,10 +128,8 @@ class Folder:
 
     def save(self, name: str, told: Callable[[], Record]) -> None:
         """See Checkpoints. Raises OSError where the disk is full; the last record then stands."""
-        record = told()
+        content = to_bytes(told())
         self._folder.mkdir(parents=True, exist_ok=True)
-        whole = {key: tensor.cpu().contiguous() for key, tensor in record.tensors.items()}
-        content = save(whole, metadata={"facts": json.dumps(record.facts)})
         path = self._path(name)
         partial = path.with_name(path.name + ".partial")
         try:
@@ -168,3 +179,17 @@ class Folder:
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
+
+
+class Following(Folder):
+    """The checkpoints of a run that another process writes: read, and never written."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, minutes=math.inf)
+
+    def save(self, name: str, told: Callable[[], Record]) -> None:
+        """The first rank does it."""
+
+    def is_due(self) -> bool:
+        """Never; a rank asked to stop waits for the first, which stops at its next record."""
+        return False

@@ -321,7 +321,9 @@ def train(
         changes |= {"watch.keep": True}
     if recover:
         changes |= {"recover.on": True}
-    click.echo(pipeline.train(source, out, changes, **how))
+    told = pipeline.train(source, out, changes, **how)
+    if told:  # ranks after the first have nothing to say
+        click.echo(told)
 
 
 @cli.command()

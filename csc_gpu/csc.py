@@ -140,14 +140,9 @@ def learn(
                 points = features(model, corpus, backend)  # (N, D)
                 check_finite(points, at, settings, backend)
             with clock("cluster"):
-                seen[at.step] = segregate.observe(
-                    points,
-                    corpus.labels,
-                    at.epoch,
-                    settings.segregate,
-                    backend,
-                    scales=scales[at.step],
-                )
+                observe = partial(segregate.observe, scales=scales[at.step])
+                how = points, corpus.labels, at.epoch, settings.segregate, backend
+                seen[at.step] = segregate.shared(partial(observe, *how), backend)
             log("snapshot", sighting=seen[at.step])
             stored |= {at.step: backend.to_numpy(points)} if settings.watch.keep else {}
             del points  # or it would live beside the next
@@ -182,9 +177,8 @@ def conclude(
         verdict = segregate.to_verdict(known)
     else:
         with clock("segregate"):
-            verdict = segregate.segregate(
-                learnt.sightings, corpus.labels, settings.segregate, backend, witness
-            )
+            what = learnt.sightings, corpus.labels, settings.segregate, backend, witness
+            verdict = witness.hearing(lambda: segregate.segregate(*what))
         kept.save("verdict", lambda: segregate.of_verdict(verdict))
     suspect = verdict.suspect
     log("verdict", suspects=int(suspect.sum()), rows=len(corpus), **verdict.notes)

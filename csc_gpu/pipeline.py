@@ -20,7 +20,7 @@ from csc_gpu import segregate as segregation
 from csc_gpu.backend import Backend, open_backend, reader
 from csc_gpu.backend.doctor import describe
 from csc_gpu.board import Board
-from csc_gpu.checkpoint import Folder, Record
+from csc_gpu.checkpoint import Folder, Following, Record
 from csc_gpu.config import flattened, override, to_toml
 from csc_gpu.defenses import DEFENSES
 from csc_gpu.errors import ConfigError, CorpusError
@@ -189,6 +189,10 @@ def train(
     if resume and (out / "summary.json").exists() and not run.partial_of(out).exists():
         done = read_summary(out)
         return f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
+    how: dict[str, Any] = {"defense": defense, "seed": seed}
+    how |= {"settings": settings, "backend": backend}
+    if not backend.ranks.is_first:
+        return follow(source, out, skip_broken=skip_broken, **how)
     with run.fresh_directory(out, run.RUN, force=force, resume=resume) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
         kept = Folder(folder / run.CHECKPOINTS, minutes=settings.checkpoint.minutes)
@@ -197,20 +201,13 @@ def train(
             Console(folder / "log.jsonl", silent=quiet, board=board) as log,
             kept.heeding_sigterm(),
         ):
+            together = f", {backend.ranks.world} ranks" if backend.ranks.world > 1 else ""
             log.say(
-                f"csc-gpu train: {settings.train.model} on {backend.name}, defense {defense}, "
-                f"rule {settings.segregate.rule}, seed {seed}, "
+                f"csc-gpu train: {settings.train.model} on {backend.name}{together}, defense "
+                f"{defense}, rule {settings.segregate.rule}, seed {seed}, "
                 f"flip {'on' if settings.train.flip else 'off'}"
             )
-            room = backend.free_bytes()
-            split = sources.load(
-                source,
-                settings.data,
-                backend=backend,
-                before=memory_check(room, settings, backend, log),
-                skip_broken=skip_broken,
-                log=log,
-            )
+            split = opened(source, settings, backend, skip_broken=skip_broken, log=log)
             plan = budget(len(split.train), settings.train)
             log.say(
                 f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
@@ -219,17 +216,57 @@ def train(
             run.check_room(folder, needed_bytes(split.train, settings))
             about = identity(source, split.train, settings, defense, seed)
             starts = count_start(kept, about, log)
-            start = time.process_time(), time.perf_counter()
-            outcome = entry.run(
-                DefenderView(split.train), settings, backend, seed=seed, log=log, kept=kept
-            )
-            spent = time.process_time() - start[0], time.perf_counter() - start[1]
-            summary = summarise(source, split, outcome, settings, backend)
-            summary |= {"defense": defense, "seed": seed, "starts": starts}
-            summary |= {"cpu_seconds": round(spent[0], 2), "wall_seconds": round(spent[1], 2)}
-            save_outcome(folder, outcome, split, settings, summary, backend)
+            outcome, summary = defended(source, split, log=log, kept=kept, **how)
+            save_outcome(folder, outcome, split, settings, summary | {"starts": starts}, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
+
+
+def follow(source: str, out: Path, *, skip_broken: bool, backend: Backend, **how: Any) -> str:
+    """What the ranks after the first do: the same work, of which they keep and say nothing."""
+    kept = Following(run.partial_of(out) / run.CHECKPOINTS)
+    with Console(silent=True) as log, kept.heeding_sigterm():
+        split = opened(source, how["settings"], backend, skip_broken=skip_broken, log=log)
+        defended(source, split, backend=backend, log=log, kept=kept, **how)
+    return ""
+
+
+def opened(
+    source: str, settings: csc.Settings, backend: Backend, *, skip_broken: bool, log: Console
+) -> Split:
+    """The source with its pixels where the machine wants them, once the plan of memory holds."""
+    return sources.load(
+        source,
+        settings.data,
+        backend=backend,
+        before=memory_check(backend.free_bytes(), settings, backend, log),
+        skip_broken=skip_broken,
+        log=log,
+    )
+
+
+def defended(
+    source: str,
+    split: Split,
+    *,
+    defense: str,
+    seed: int,
+    settings: csc.Settings,
+    backend: Backend,
+    log: Console,
+    kept: Folder,
+) -> tuple[Outcome, dict[str, Any]]:
+    """Run the defense; what it ends with, and the summary."""
+    backend.ranks.wait()  # until the first has made sure that this run may begin, or go on
+    start = time.process_time(), time.perf_counter()
+    outcome = DEFENSES[defense].run(
+        DefenderView(split.train), settings, backend, seed=seed, log=log, kept=kept
+    )
+    spent = time.process_time() - start[0], time.perf_counter() - start[1]
+    summary = summarise(source, split, outcome, settings, backend)
+    summary |= {"defense": defense, "seed": seed, "ranks": backend.ranks.world}
+    summary |= {"cpu_seconds": round(spent[0], 2), "wall_seconds": round(spent[1], 2)}
+    return outcome, summary
 
 
 def identity(

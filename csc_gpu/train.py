@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from csc_gpu.backend import Augment, Backend
+from csc_gpu.backend.passes import Portion
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, fingerprint
 from csc_gpu.config import require
 from csc_gpu.errors import CorpusError
@@ -132,19 +133,21 @@ def train(
         restore(before, model, optimiser, rng)
         step, lr = before.facts["step"], before.facts["lr"]
         yield Moment(step, step / plan.steps_per_epoch, before.tensors["loss"], lr, plan, len(rows))
+    ranks, forward = backend.ranks, backend.ranks.parallel(model)
     first, done = divmod(step, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         drawn_from = rng.bit_generator.state
         order, skip = rng.permutation(rows), done if epoch == first else 0
+        ours = Portion(batches=slice(skip, None), rows=ranks.share)
         for batch in backend.batches(
-            corpus, settings.batch, order=order, augment=augment, rng=rng, skip=skip
+            corpus, settings.batch, order=order, augment=augment, rng=rng, portion=ours
         ):
             step += 1
             lr = settings.lr * one_cycle(step, warmup, plan.steps)
             optimiser.param_groups[0]["lr"] = lr
             model.train()
             with backend.precision():
-                loss = functional.cross_entropy(model(batch.images), batch.labels)
+                loss = functional.cross_entropy(forward(batch.images), batch.labels)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

@@ -7,15 +7,18 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from csc_gpu import segregate, train, trigger
 from csc_gpu.backend import Backend
-from csc_gpu.checkpoint import NOWHERE, Checkpoints
+from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record
 from csc_gpu.errors import TrainingDiverged
 from csc_gpu.features import features, predict
 from csc_gpu.models import Net
-from csc_gpu.types import Array, Corpus, Log, Mask, Reclassified, quiet
+from csc_gpu.types import Array, Corpus, Log, Mask, Reclassified, Segregation, quiet
 
+ORDER = "candidates"
+"""In what rank 0 tells the others: train without these rows."""
 Clock = Callable[[str], AbstractContextManager[None]]
 
 
@@ -61,6 +64,28 @@ class Trained:
 
         As long as the first, or segregate.check_epochs if that is shorter, and train.min_steps.
         """
+        self._backend.ranks.from_first(lambda: Record({ORDER: torch.from_numpy(candidates)}, {}))
+        return self._trained_without(candidates)
+
+    def hearing(self, judge: Callable[[], Segregation]) -> Segregation:
+        """The verdict of rank 0. The others train with it when it asks for that, and are told.
+
+        They do not judge themselves: a rounding would part them for good.
+        """
+        ranks = self._backend.ranks
+        if ranks.world == 1:
+            return judge()
+        self.points()
+        if ranks.is_first:
+            verdict = judge()
+            return segregate.to_verdict(ranks.from_first(lambda: segregate.of_verdict(verdict)))
+        while True:
+            told = ranks.from_first(lambda: Record({}, {}))
+            if ORDER not in told.tensors:
+                return segregate.to_verdict(told)
+            self._trained_without(told.tensors[ORDER].numpy())
+
+    def _trained_without(self, candidates: Mask) -> Reclassified:
         corpus, backend, seed = self._corpus, self._backend, self._seed
         epochs = train.budget(len(corpus), self._training).epochs
         short = replace(self._training, epochs=min(epochs, self._segregation.check_epochs))

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from csc_gpu import checkpoint, csc, run, segregate
 from csc_gpu.backend import Augment, loader, open_backend, resident
+from csc_gpu.backend.passes import Portion
 from csc_gpu.checkpoint import NOWHERE, Folder, Record
 from csc_gpu.cli import cli
 from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError, Terminated
@@ -230,10 +231,14 @@ def test_skipped_batches_are_drawn_and_not_given(skip: int, streamed: bool, tmp_
     def given(skip: int) -> tuple[list[tuple[bytes, bytes]], float]:
         rng = np.random.default_rng(2)
         if streamed:
-            found = loader.stream(there, 8, CPU.decoder, rng=rng, skip=skip, **run_to)
+            found = loader.stream(
+                there, 8, CPU.decoder, rng=rng, portion=Portion(slice(skip, None)), **run_to
+            )
         else:
             pixels = torch.from_numpy(there.images)
-            found = resident.batches(pixels, there.labels, 8, rng=rng, skip=skip, **run_to)
+            found = resident.batches(
+                pixels, there.labels, 8, rng=rng, portion=Portion(slice(skip, None)), **run_to
+            )
         seen = [(b.images.numpy().tobytes(), b.rows.numpy().tobytes()) for b in found]
         return seen, float(rng.random())
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,10 @@ from numpy.typing import NDArray
 from csc_gpu.config import require
 from csc_gpu.errors import BackendUnavailable
 from csc_gpu.types import Array, Corpus
+
+if TYPE_CHECKING:
+    from csc_gpu.backend.passes import Portion
+    from csc_gpu.backend.ranks import Ranks
 
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Two tensors of fixed shapes -> one; it may update a model. What it returns belongs to it until
@@ -102,6 +106,10 @@ class Backend(Protocol):
         """The net that is trained here unless another is asked for."""
 
     @property
+    def ranks(self) -> Ranks:
+        """The processes that share the run; alone unless torchrun started several."""
+
+    @property
     def decoder(self) -> Decoder:
         """Where DALI decodes for this machine."""
 
@@ -126,12 +134,12 @@ class Backend(Protocol):
         order: NDArray[np.int64] | None = None,
         augment: Augment | None = None,
         rng: np.random.Generator | None = None,
-        skip: int = 0,
+        portion: Portion | None = None,
     ) -> Iterator[Batch]:
         """The rows of `order` (all, if None), `size` at a time; every one exactly once.
 
-        Pixels that are resident are gathered, files are read on the way. The first `skip` batches
-        are drawn like the others, and neither read nor given.
+        Pixels that are resident are gathered, files are read on the way. Only a portion of the pass
+        may be asked for; the rest is drawn alike, and neither read nor given.
         """
 
     def array(self, tensor: torch.Tensor) -> Array:
@@ -158,11 +166,13 @@ def open_backend(name: str, threads: int = 0, settings: Settings | None = None) 
 
     Raises BackendUnavailable, which names what is missing and the command that adds it.
     """
+    from csc_gpu.backend.ranks import joined
+
     threads, settings = threads or usable_cores(), settings or Settings()
     if name == "cpu":
         from csc_gpu.backend.cpu import CpuBackend
 
-        return CpuBackend(threads, settings)
+        return CpuBackend(threads, settings, joined())
     from csc_gpu.backend import doctor
 
     lacking = doctor.missing_for_gpu()
@@ -171,7 +181,7 @@ def open_backend(name: str, threads: int = 0, settings: Settings | None = None) 
         raise BackendUnavailable(f"{told}; mend that, or pass --cpu")
     from csc_gpu.backend.gpu import open_gpu
 
-    return open_gpu(threads, settings)
+    return open_gpu(threads, settings, joined())
 
 
 def usable_cores() -> int:

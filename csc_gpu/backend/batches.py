@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from csc_gpu.backend import Augment, Batch, Decoder, loader, resident
+from csc_gpu.backend.passes import WHOLE, Portion
+from csc_gpu.backend.ranks import ALONE, Ranks
 from csc_gpu.types import Array, Corpus
 
 
@@ -17,6 +19,7 @@ class Batches:
     """What a backend inherits; it says where it decodes and places pixels."""
 
     decoder: Decoder
+    ranks: Ranks = ALONE
 
     def _placed(self, pixels: Array) -> torch.Tensor:
         """The pixels (N, H, W, 3) where batches are made of them."""
@@ -30,10 +33,15 @@ class Batches:
         order: NDArray[np.int64] | None = None,
         augment: Augment | None = None,
         rng: np.random.Generator | None = None,
-        skip: int = 0,
+        portion: Portion | None = None,
     ) -> Iterator[Batch]:
         """See Backend.batches."""
-        how: dict[str, Any] = {"order": order, "augment": augment, "rng": rng, "skip": skip}
+        how: dict[str, Any] = {
+            "order": order,
+            "augment": augment,
+            "rng": rng,
+            "portion": portion or WHOLE,
+        }
         if corpus.pixels is None:
             return loader.stream(corpus, size, self.decoder, **how)
         return resident.batches(self._placed(corpus.pixels), corpus.labels, size, **how)

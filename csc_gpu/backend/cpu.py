@@ -14,6 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from csc_gpu.backend import Decoder, Settings, Step
 from csc_gpu.backend.batches import Batches
+from csc_gpu.backend.ranks import ALONE, Ranks
 from csc_gpu.types import Array
 
 MEMINFO = Path("/proc/meminfo")
@@ -28,8 +29,8 @@ class CpuBackend(Batches):
     usual_model = "resnet8"
     fused = False
 
-    def __init__(self, threads: int, settings: Settings) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, settings: Settings, ranks: Ranks = ALONE) -> None:
+        self.threads, self.ranks = threads, ranks
         self.decoder = Decoder(self.device, settings.decode_threads or threads, settings.prefetch)
         torch.set_num_threads(threads)
 

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from csc_gpu.backend import Decoder, Settings, Step, loader
 from csc_gpu.backend.batches import Batches
 from csc_gpu.backend.captured import Captured, Graphs
+from csc_gpu.backend.ranks import ALONE, Ranks, local_rank
 from csc_gpu.backend.workspace import Workspace, with_less, workspace
 from csc_gpu.errors import BackendUnavailable
 from csc_gpu.types import Array
@@ -289,7 +290,15 @@ def _bounded_pool(cupy: ModuleType, limit: int) -> Any:
     return pool
 
 
-def open_gpu(threads: int, settings: Settings) -> GpuBackend:
-    """The backend on the current CUDA device; the packages must be there (doctor)."""
+def open_gpu(threads: int, settings: Settings, ranks: Ranks = ALONE) -> GpuBackend:
+    """The backend on the current CUDA device; the packages must be there (doctor).
+
+    With several ranks each takes the GPU of its place on the machine; nobody has run that yet.
+    """
     torch.set_num_threads(threads)
-    return GpuBackend(Cuda(settings), threads, settings)
+    if ranks.world > 1:
+        torch.cuda.set_device(local_rank())
+        imported("cupy").cuda.Device(local_rank()).use()
+    backend = GpuBackend(Cuda(settings), threads, settings)
+    backend.ranks = ranks
+    return backend

@@ -42,7 +42,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from csc_gpu.backend import Augment, Batch, Decoder, resident
-from csc_gpu.backend.passes import Changes, draw, even_parts
+from csc_gpu.backend.passes import WHOLE, Changes, Portion, draw, even_parts
 from csc_gpu.backend.workspace import is_out_of_memory
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import Array, Corpus
@@ -322,7 +322,7 @@ def stream(
     order: NDArray[np.int64] | None,
     augment: Augment | None,
     rng: np.random.Generator | None,
-    skip: int = 0,
+    portion: Portion = WHOLE,
 ) -> Iterator[Batch]:
     """The batches of `resident.batches`, read from the corpus's files on the way.
 
@@ -338,12 +338,13 @@ def stream(
         )
         return
     every = even_parts(np.arange(len(order)), size)  # positions in the order
-    drawn, parts = draw(augment, rng, every), every[skip:]
-    if not parts:
+    drawn, given = draw(augment, rng, every), portion.of(every)
+    if not given:
         return
+    parts = [np.arange(part.start, part.stop, part.step) for part in given]
     # a part is read in as many runs as its decoded files need, all of one size: what is short
     # repeats its last row, which is dropped
-    longest = len(every[0])
+    longest = len(every[0][portion.rows])
     runs_a_part = -(-longest // max(1, DECODED_BYTES // max(1, corpus.file_bytes)))
     batch = -(-longest // runs_a_part)
     full = runs_a_part * batch
@@ -354,8 +355,7 @@ def stream(
     all_rows = torch.from_numpy(order).to(device)
     all_labels = torch.from_numpy(corpus.labels).to(device)[all_rows]
     runs = _read(reading)
-    for part in parts:
-        here = slice(part[0], part[-1] + 1)
+    for here, part in zip(given, parts, strict=True):
         images = _expected(runs, order[part[:batch]])
         if runs_a_part > 1:  # a run is overwritten by the next: keep it
             rest = range(batch, full, batch)

@@ -6,9 +6,10 @@ and the same seed gives the same images wherever they are read from.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,24 @@ def even_parts(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     Even, because a last batch of one row would leave BatchNorm nothing to normalise over.
     """
     return np.array_split(order, max(1, math.ceil(len(order) / size)))
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What of a pass is given: some of its batches, and some rows of each. All is drawn alike."""
+
+    batches: slice = field(default_factory=lambda: slice(None))
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    def of(self, parts: Sequence[NDArray[np.int64]]) -> list[slice]:
+        """Where in the pass the rows of each batch that is given are."""
+        ends = itertools.accumulate(map(len, parts), initial=0)
+        whole = [range(*pair) for pair in itertools.pairwise(ends)]
+        given = [part[self.rows] for part in whole[self.batches]]
+        return [slice(part.start, part.stop, part.step) for part in given]
+
+
+WHOLE = Portion()
 
 
 @dataclass(frozen=True)

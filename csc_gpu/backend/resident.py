@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from csc_gpu.backend import Augment, Batch
-from csc_gpu.backend.passes import draw, even_parts
+from csc_gpu.backend.passes import WHOLE, Portion, draw, even_parts
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -25,7 +25,7 @@ def batches(
     order: NDArray[np.int64] | None,
     augment: Augment | None,
     rng: np.random.Generator | None,
-    skip: int = 0,
+    portion: Portion = WHOLE,
 ) -> Iterator[Batch]:
     """The rows of `order` of pixels (N, H, W, 3), each exactly once, in even batches.
 
@@ -40,10 +40,7 @@ def batches(
     if changes is not None:
         mirrored = torch.from_numpy(changes.mirrored).to(device)
         by = torch.from_numpy(changes.by).to(device)
-    start = sum(map(len, parts[:skip]))
-    for part in parts[skip:]:
-        here = slice(start, start + len(part))
-        start = here.stop
+    for here in portion.of(parts):
         rows = all_rows[here]
         images = pixels[rows]
         if changes is not None and augment is not None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from csc_gpu.backend import Backend
 from csc_gpu.errors import CorpusError
 from csc_gpu.segregate.clusters import observe
-from csc_gpu.segregate.records import of_sighting, of_verdict, to_sighting, to_verdict
+from csc_gpu.segregate.records import of_sighting, of_verdict, shared, to_sighting, to_verdict
 from csc_gpu.segregate.rules import RULES, gather, listing, looked_at
 from csc_gpu.segregate.settings import Settings
 from csc_gpu.segregate.verify import Verdict, verify
@@ -33,6 +33,7 @@ __all__ = [
     "of_sighting",
     "of_verdict",
     "segregate",
+    "shared",
     "to_sighting",
     "to_verdict",
     "voted_core",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -41,6 +42,15 @@ def to_sighting(record: Record, backend: Backend) -> Sighting:
         ),
         record.facts["min_samples"],
         arrays["stray"],
+    )
+
+
+def shared(told: Callable[[], Sighting], backend: Backend) -> Sighting:
+    """The snapshot as rank 0 saw it, so that all ranks see the same."""
+    if backend.ranks.world == 1:
+        return told()
+    return to_sighting(
+        backend.ranks.from_first(lambda: of_sighting(told(), None, backend)), backend
     )
 
 

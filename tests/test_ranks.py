@@ -1,0 +1,157 @@
+"""Several ranks share one run: what each is given, and that together they end where one does."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from csc_gpu.backend import Augment, open_backend, resident
+from csc_gpu.backend.passes import Portion, even_parts
+from csc_gpu.backend.ranks import ALONE, Ranks
+from csc_gpu.checkpoint import Record
+
+CPU = open_backend("cpu", 1)
+needs_gloo = pytest.mark.skipif(
+    not torch.distributed.is_gloo_available(), reason="torch was built without gloo"
+)
+
+
+# --- what a rank is given -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_ranks_share_every_batch_of_a_pass(world: int):
+    pixels = torch.arange(23 * 4 * 4 * 3, dtype=torch.uint8).reshape(23, 4, 4, 3)
+    labels = np.arange(23) % 5
+    order = np.random.default_rng(0).permutation(23)
+
+    def given(portion: Portion) -> list[dict[int, bytes]]:
+        rng = np.random.default_rng(1)
+        how = {"order": order, "augment": Augment(1, True), "rng": rng, "portion": portion}
+        return [
+            {int(row): image.numpy().tobytes() for row, image in zip(b.rows, b.images, strict=True)}
+            for b in resident.batches(pixels, labels, 8, **how)
+        ]
+
+    whole = given(Portion())
+    shares = [given(Portion(rows=Ranks(rank, world).share)) for rank in range(world)]
+    for batch, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert sum(map(len, parts)) == len(batch)
+        assert {row: image for part in parts for row, image in part.items()} == batch
+    halves = [given(Portion(batches=Ranks(rank, world).share)) for rank in range(world)]
+    assert sum(map(len, halves)) == len(whole)
+    assert [batch for rank in range(world) for batch in halves[rank]] == [
+        batch for rank in range(world) for batch in whole[rank::world]
+    ]
+
+
+def test_a_portion_is_of_places_in_the_pass():
+    parts = even_parts(np.arange(10), 4)  # 4, 3, 3
+    assert Portion().of(parts) == [slice(0, 4, 1), slice(4, 7, 1), slice(7, 10, 1)]
+    assert Portion(slice(1, None), slice(1, None, 2)).of(parts) == [slice(5, 7, 2), slice(8, 10, 2)]
+
+
+def test_alone_nothing_is_sent():
+    model = torch.nn.Linear(2, 2)
+    assert ALONE.parallel(model) is model
+    assert ALONE.is_first and CPU.ranks is ALONE
+    told = Record({}, {"x": 1})
+    assert ALONE.from_first(lambda: told) is told
+    tensor = torch.ones(3)
+    ALONE.add_up(tensor)
+    ALONE.wait()
+    assert tensor.tolist() == [1, 1, 1]
+
+
+# --- two processes --------------------------------------------------------------------------------
+
+QUICK = (
+    "train.epochs=6",
+    "train.min_steps=1",
+    "segregate.check_epochs=3",
+    "conceal.epochs=4",
+    "watch.keep=true",
+)
+
+
+def train(corpus: Path, out: Path, ranks: int, *more: str) -> None:
+    words = ["-m", "csc_gpu", "train", str(corpus), "--out", str(out), "--cpu", "--threads", "1"]
+    words += [word for change in QUICK for word in ("--set", change)]
+    if ranks > 1:
+        run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        words = [*run, *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(
+        [sys.executable, *words, *more], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("summary: ") == 1
+
+
+def suspects(run: Path) -> set[str]:
+    with (run / "suspects.csv").open(newline="") as file:
+        return {row["path"] for row in csv.DictReader(file) if row["is_poison_issue"] == "True"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("ranks") / "poisoned"
+    words = ["-m", "csc_gpu", "poison", "digits", str(place), "--attack", "badnets"]
+    subprocess.run([sys.executable, *words, "--rate", "0.1", "--target", "0"], check=True)
+    return place
+
+
+@needs_gloo
+def test_two_ranks_find_whom_one_finds(corpus: Path, tmp_path: Path):
+    """From one checkpoint at the end of training they agree bit for bit; end to end, almost."""
+    left = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(corpus), str(tmp_path / "one"), *QUICK],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert left.returncode == 130
+    shutil.copytree(tmp_path / "one.partial", tmp_path / "both.partial")
+    train(corpus, tmp_path / "one", 1, "--resume")
+    train(corpus, tmp_path / "both", 2, "--resume")
+    with (
+        np.load(tmp_path / "one" / "features.npz") as one,
+        np.load(tmp_path / "both" / "features.npz") as both,
+    ):
+        assert np.array_equal(one["features"], both["features"])
+        assert np.array_equal(one["final"], both["final"])
+    found = suspects(tmp_path / "one")
+    assert len(found) > 100
+    assert suspects(tmp_path / "both") == found
+
+    train(corpus, tmp_path / "two", 2)
+    alone, together = found, suspects(tmp_path / "two")
+    assert len(alone & together) >= 0.9 * len(alone | together)
+    told = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert told["ranks"] == 2 and told["starts"] == 1
+
+
+INTERRUPTED = """
+import sys
+from csc_gpu import segregate
+from csc_gpu.cli import cli
+
+real = segregate.of_sighting
+
+def stopped(sighting, *rest):
+    if sighting.epoch == 6:  # training has ended, its last snapshot is not kept
+        raise KeyboardInterrupt
+    return real(sighting, *rest)
+
+segregate.of_sighting = stopped
+corpus, out, *changes = sys.argv[1:]
+sets = [word for change in changes for word in ("--set", change)]
+cli(["train", corpus, "--out", out, "--cpu", "--threads", "1", *sets])
+"""
