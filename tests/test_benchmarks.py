@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import clustering, detection, end_to_end, gpu_check, loader, results_file, traffic
+from benchmarks import (
+    clustering,
+    detection,
+    end_to_end,
+    gpu_check,
+    loader,
+    misses,
+    results_file,
+    traffic,
+)
 from benchmarks import conceal as concealment
 from csc_gpu import bench
 from csc_gpu.attacks import ATTACKS
@@ -727,3 +736,49 @@ def test_small_steps_do_not_wait_with_spinning_threads():
     command = [sys.executable, "-c", code]
     told = subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True)
     assert told.stdout.split() == ["passive", "False"]
+
+
+# --- misses ---------------------------------------------------------------------------------------
+
+
+def test_suspects_that_are_wrong_on_purpose_are_wrong_by_as_much():
+    class Told:
+        labels = np.zeros(1000, np.int64)
+        poison = np.arange(1000) < 100
+        found = poison
+        score = np.linspace(1, 0, 1000)  # believed in most first
+
+    trials = misses.wrong_on_purpose(Told())
+    assert trials[0][0] == "the verdict" and (trials[0][2] == Told.found).all()
+    by = {(kind, amount): suspect for kind, amount, suspect in trials[1:]}
+    assert len(by) == 2 * (len(misses.RECALLS) + len(misses.FALSE_ALARMS))
+    for order in ("own", "random"):
+        for recall in misses.RECALLS:
+            suspect = by[f"{order} misses", recall]
+            assert suspect.sum() == suspect[Told.poison].sum() == round(100 * recall)
+        for share in misses.FALSE_ALARMS:
+            suspect = by[f"{order} false alarms", share]
+            assert suspect[Told.poison].all() and suspect[~Told.poison].sum() == round(900 * share)
+    assert by["own misses", 0.4][:40].all()
+    assert not by["random misses", 0.4][:40].all()
+    assert by["own false alarms", 0.01][100:109].all()
+
+
+def test_misses_of_a_judged_cell_are_scored_round_by_round(tmp_path, monkeypatch):
+    monkeypatch.setattr(detection, "command", lambda *words: run(cli, *words))
+    monkeypatch.setattr(misses, "RECALLS", (1.0, 0.4))
+    monkeypatch.setattr(misses, "FALSE_ALARMS", (0.05,))
+    changed = ["train.epochs=2", "train.min_steps=1", "train.batch=32"]
+    cell = detection.train_cell(a_cell(rate=0.1, set=changed), "digits", tmp_path)
+    place, out = detection.folder(cell, tmp_path), tmp_path / "misses.jsonl"
+    done = run(misses.main, place, "--verdict", "run/suspects.csv", "--out", out)
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    of = {(line["kind"], line["amount"]): line["rounds"] for line in lines}
+    assert len(lines) == len(of) == 7
+    assert of["own misses", 1.0][0]["tpr"] == 1.0 and of["own misses", 1.0][0]["fpr"] == 0.0
+    assert of["own misses", 0.4][0]["tpr"] == pytest.approx(0.4, abs=0.01)
+    assert len(of["own false alarms", 0.05]) == 1
+    assert all(0 <= r["asr"] <= 1 and 0 <= r["acc"] <= 1 for line in lines for r in line["rounds"])
+    recall = [r["tpr"] for r in of["random misses", 0.4]]
+    assert recall == sorted(recall)  # growing loses nobody
