@@ -9,9 +9,17 @@ import numpy as np
 import pytest
 
 from csc_gpu.backend import open_backend
-from csc_gpu.segregate import Settings, observe, segregate
+from csc_gpu.segregate import Settings, capped, observe, segregate
 from csc_gpu.segregate.kin import halves
-from csc_gpu.segregate.verify import Case, judge, suspected_labels, verify, wrong_on
+from csc_gpu.segregate.verify import (
+    Case,
+    Court,
+    Group,
+    judge,
+    suspected_labels,
+    verify,
+    wrong_on,
+)
 from csc_gpu.types import Reclassified, Transfer
 from tests.worlds import Oracle, oracle, world
 
@@ -411,3 +419,37 @@ def test_where_candidates_are_too_many_the_poison_alone_is_left_out(monkeypatch)
     many, few = witness.left_out
     assert few.sum() < many.sum()
     np.testing.assert_array_equal(few, there.poison)
+
+
+def test_where_poison_outnumbers_its_label_the_strays_are_the_benign_rows():
+    """73 benign rows of a GTSRB label beside 608 of poison strayed, and were flagged for it."""
+    there = world(rows=50, poison=200)
+    benign = (there.labels == 0) & ~there.poison
+    last = observe(there.points, there.labels, 1.0, Settings(), CPU)
+    court = Court(there.labels, [last], there.points, oracle(there), Settings(), CPU)
+    turned = court.trigger(0, Group("strays", benign, there.poison, 1.0), 0.5)
+    np.testing.assert_array_equal(turned.rows, there.poison)
+    np.testing.assert_array_equal(turned.rest, benign)
+    right = Group("strays", there.poison, benign, 1.0)
+    assert court.trigger(0, right, 0.5) == right
+    half = there.poison & (np.cumsum(there.poison) % 3 == 0)
+    mixed = Group("strays", half | benign, there.poison & ~half, 0.7)
+    weak = Court(there.labels, [last], there.points, oracle(there, commands=0.4), Settings(), CPU)
+    assert weak.trigger(0, mixed, 0.5) == mixed  # neither works alone: strays are a mixture
+    assert weak.trigger(0, Group("halves", half, benign, 0.7), 0.5) is None
+
+
+@pytest.mark.parametrize("wrong", [0.0, 0.5])
+def test_a_label_is_taken_beyond_its_cap_only_where_trigger_and_check_agree(wrong):
+    there = world(rows=50, poison=200)
+    core = there.poison.copy()
+    last = observe(there.points, there.labels, 1.0, Settings(), CPU)
+    witness = oracle(there, wrong=wrong)
+    told = verify(core, core.astype(np.float32), [last], there.labels, Settings(), CPU, witness)
+    assert told.proved == ((0,) if wrong == 0.0 else ())
+    assert told.suspect[there.poison].mean() > 0.9
+    kept, was_capped = capped(
+        told.suspect, told.belief, there.labels, Settings(max_share=1.0), told.proved
+    )
+    assert was_capped == (not told.proved)
+    assert (kept[there.poison].mean() > 0.9) == bool(told.proved)

@@ -9,7 +9,7 @@ first stage, `persistence`, are ours; stage 2 (verify.py) asks the model and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ def segregate(
     found = Verdict(core, evidence.share, {})
     if rule.verified:
         found = verify(core, evidence.share, sightings, labels, settings, backend, witness)
-    suspect, capped_ = capped(found.suspect, found.belief, labels, settings)
+    suspect, capped_ = capped(found.suspect, found.belief, labels, settings, found.proved)
     score = np.where(suspect, 0.5 + 0.5 * found.belief, 0.49 * found.belief).astype(np.float32)
     return Segregation(
         suspect=suspect,
@@ -99,14 +99,18 @@ def voted_core(
 
 
 def capped(
-    suspect: Mask, belief: NDArray[np.float32], labels: NDArray[np.int64], settings: Settings
+    suspect: Mask,
+    belief: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    settings: Settings,
+    proved: Collection[int] = (),
 ) -> tuple[Mask, bool]:
-    """At most so many rows of each label and of all: those believed in most.
+    """At most so many rows of each label, but for those proved, and of all: the likeliest.
 
     A tie over a limit goes free as a whole, so that no order of the rows decides.
     """
     kept = suspect
-    for label in np.unique(labels[suspect]):
+    for label in np.setdiff1d(labels[suspect], list(proved)):
         kept = _at_most(settings.max_label_share, kept, labels == label, belief)
     kept = _at_most(settings.max_share, kept, np.ones(len(labels), bool), belief)
     return kept, bool((kept != suspect).any())

@@ -61,6 +61,9 @@ class Verdict:
     notes: dict[str, Any]
     checks: tuple[Reclassified, ...] = ()
     transfers: tuple[Transfer, ...] = ()
+    proved: tuple[
+        int, ...
+    ] = ()  # labels that a trigger commands and whose rows the check contradicts
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def verify(
     if left_out.mean() > MOST_LEFT_OUT:
         left_out = np.logical_or.reduce([case.poison for case in cases])
     check = witness.reclassify(left_out)
-    suspect, belief, cleared = np.zeros(len(labels), bool), share, []
+    suspect, belief, cleared, proved = np.zeros(len(labels), bool), share, [], []
     for case in cases:
         word = judge(case, labels, check, settings)
         if word is None:
@@ -138,10 +141,11 @@ def verify(
         known = court.coherent(case.label, word.poison)
         rows = known.rows | (firm_rows(court, case, word) & ~word.confirmed)
         case.told["flagged"] = int(rows.sum())
+        proved += [case.label] if case.is_commanded and word.confirmed.any() else []
         suspect = suspect | rows
         belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
     notes |= {"cleared_labels": cleared, "labels": [case.told for case in cases]}
-    return Verdict(suspect, belief, notes, (check,), tuple(court.answers))
+    return Verdict(suspect, belief, notes, (check,), tuple(court.answers), tuple(proved))
 
 
 def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
@@ -241,15 +245,14 @@ class Court:
 
         Of two groups the one that works better alone, against the mean of all other labels, is the
         poison, and it must work alone: two benign kinds of one label differ by more than a trigger.
+        Strays are a mixture and need not; but where poison outnumbers its label, the benign stray.
         """
         if group.commands < limit:
             return None
-        if group.kind == "strays":
-            return group
         others = self.labels != label
         alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
         if max(alone) < AT_LEAST:
-            return None
+            return group if group.kind == "strays" else None
         return replace(group, rows=group.rest, rest=group.rows) if alone[1] > alone[0] else group
 
 
