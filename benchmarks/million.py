@@ -31,8 +31,6 @@ DRAWN = 16_384
 """Rows drawn at a time."""
 INNER = 96
 """Dimensions in which classes lie; the rest is noise."""
-WITHIN = 0.45
-"""Length of a row's deviation from its class, whose direction has length 1."""
 OUTSIDE = 0.15
 """Length of the noise in all dimensions."""
 TIGHT = 0.5
@@ -61,8 +59,13 @@ class World:
         return self.island >= 0
 
 
-def drawn(n: int, d: int, classes: int, keep: features.Settings, backend: Backend) -> World:
-    """Rows in an order drawn at random, block by block. (n, d)"""
+def drawn(
+    n: int, d: int, classes: int, within: float, keep: features.Settings, backend: Backend
+) -> World:
+    """Rows in an order drawn at random, block by block. (n, d)
+
+    `within` is the length of a row's deviation from its class, whose direction has length 1.
+    """
     rng = np.random.default_rng(0)
     sizes = list[int]()
     for size in ISLANDS:
@@ -77,7 +80,7 @@ def drawn(n: int, d: int, classes: int, keep: features.Settings, backend: Backen
     spectrum = np.arange(1, INNER + 1) ** -0.25
     centre = _unit(rng.standard_normal((classes + len(sizes), INNER)) * spectrum)
     turned = np.linalg.qr(rng.standard_normal((d, INNER)))[0].T.astype(np.float32)  # (INNER, d)
-    spread = WITHIN * np.exp(rng.normal(0, 0.1, classes + len(sizes)))
+    spread = within * np.exp(rng.normal(0, 0.1, classes + len(sizes)))
     spread[classes:] *= TIGHT
     blob = np.where(island >= 0, classes + island, labels)
     xp = backend.xp
@@ -126,16 +129,18 @@ def planned(n: int, d: int, classes: int, settings: csc.Settings, backend: Backe
     }
 
 
-def measure(n: int, d: int, classes: int, settings: csc.Settings, backend: Backend) -> bench.Line:
+def measure(
+    n: int, d: int, classes: int, within: float, settings: csc.Settings, backend: Backend
+) -> bench.Line:
     """Seconds by part, the plan and the peak, and what was found of the islands."""
-    line: bench.Line = {"rows": n, "dims": d, "classes": classes}
+    line: bench.Line = {"rows": n, "dims": d, "classes": classes, "within": within}
     line |= planned(n, d, classes, settings, backend)
     click.echo(
         f"memory: {line['planned_bytes'] / 1e9:.3f} GB planned, most of it for "
         f"{line['largest_part']} ({line['largest_bytes'] / 1e9:.3f} GB)"
     )
     with clocked(line, "draw", backend):
-        there = drawn(n, d, classes, settings.features, backend)
+        there = drawn(n, d, classes, within, settings.features, backend)
     chosen = settings.segregate
     scales = segregate.looked_at([0], chosen)[0]
     with clocked(line, "observe", backend):
@@ -174,10 +179,19 @@ def found(there: World, suspect: Mask) -> bench.Line:
 @click.option("--rows", default=1_280_000, show_default=True, type=click.IntRange(50_000))
 @click.option("--dims", default=512, show_default=True, type=click.IntRange(INNER))
 @click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
+@click.option("--within", default=0.45, show_default=True, help="A row's deviation from its class.")
 @click.option("--sample", default=50_000, show_default=True, type=click.IntRange(1))
 @click.option("--spill", default="", help="A folder for the features; else they are resident.")
 @machine
-def main(rows: int, dims: int, classes: int, sample: int, spill: str, backend: Backend) -> None:
+def main(
+    rows: int,
+    dims: int,
+    classes: int,
+    within: float,
+    sample: int,
+    spill: str,
+    backend: Backend,
+) -> None:
     """Find planted islands among drawn features, in the sampled mode."""
     changes = SETTINGS | {
         "segregate.mode": "sample",
@@ -185,7 +199,7 @@ def main(rows: int, dims: int, classes: int, sample: int, spill: str, backend: B
         "features.spill": spill,
     }
     settings = override(csc.Settings(), changes)
-    line = measure(rows, dims, classes, settings, backend)
+    line = measure(rows, dims, classes, within, settings, backend)
     line |= {"spilled": bool(spill), "settings": SETTINGS}
     results_file.publish(bench.report("million", backend, [line]))
 
