@@ -64,8 +64,10 @@ def _is_out_of_memory(fault: Exception) -> bool:
     return is_out_of_memory(fault)
 
 
-def in_bytes(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    """A size like 24GB, 80GiB or 512MB, as bytes."""
+def in_bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """A size like 24GB, 80GiB or 512MB, as bytes; None if none was given."""
+    if value is None:
+        return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+) ?([KMGT]?)(i?)B?", value.strip(), re.IGNORECASE)
     size = 0
     if found:
@@ -361,29 +363,32 @@ def segregate(features: Path, out: Path, **how: Any) -> None:
 @click.argument("source", required=False)
 @click.option(
     "--gpu-memory",
-    required=True,
     metavar="SIZE",
     callback=in_bytes,
     help="What the device has: 24GB.",
 )
+@click.option("--cpu", is_flag=True, help="Plan for this processor and what memory it has free.")
 @click.option("--rows", type=click.IntRange(1), help="Without SOURCE: images to train on.")
 @click.option("--side", type=click.IntRange(4), default=224, show_default=True, help="In pixels.")
 @click.option("--classes", type=click.IntRange(2), default=1000, show_default=True)
 @changes
 def plan(
     source: str | None,
-    gpu_memory: int,
+    gpu_memory: int | None,
+    cpu: bool,
     rows: int | None,
     side: int,
     classes: int,
     changes: dict[str, Any],
 ) -> None:
-    """Print what a run would take of a GPU's memory, stage by stage, and whether it fits.
+    """Print what a run would take of a machine's memory, stage by stage, and whether it fits.
 
     SOURCE is a corpus as for csc-gpu train, or give --rows, --side and --classes. No GPU is needed.
     """
     if (source is None) == (rows is None):
         raise click.UsageError("give a SOURCE, or --rows (with --side and --classes)")
+    if cpu == (gpu_memory is not None):
+        raise click.UsageError("give --gpu-memory SIZE, or --cpu")
     from csc_gpu import pipeline
 
     click.echo(pipeline.plan(source, (rows or 0, side, classes), changes, gpu_memory))

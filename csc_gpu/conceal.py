@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from csc_gpu.backend import Backend
 from csc_gpu.config import require
-from csc_gpu.features import features
+from csc_gpu.features import Spilled, features
 from csc_gpu.models import Net
 from csc_gpu.types import Array, Corpus, Log, Mask, quiet
 
@@ -77,8 +77,9 @@ def conceal(
     labels = np.where(suspect, corpus.n_classes, corpus.labels)
     concealed = copy.deepcopy(model)
     concealed.head = widened(model.head)
-    known = backend.tensor(points() if points else features(model, corpus, backend))
-    weight = torch.ones(corpus.n_classes + 1, device=known.device)
+    found = points() if points else features(model, corpus, backend)
+    known = found if isinstance(found, Spilled) else backend.tensor(found)
+    weight = torch.ones(corpus.n_classes + 1, device=backend.device)
     weight[-1] = virtual_weight(float(suspect.mean()), settings.share)
     fine_tune(concealed.head, known, labels, settings, backend, seed=seed, log=log, weight=weight)
     return concealed
@@ -108,7 +109,7 @@ def widened(head: nn.Linear) -> nn.Linear:
 
 def fine_tune(
     head: nn.Linear,
-    points: torch.Tensor,
+    points: torch.Tensor | Spilled,
     labels: np.ndarray[tuple[int], np.dtype[np.int64]],
     settings: Settings,
     backend: Backend,
@@ -124,13 +125,20 @@ def fine_tune(
     batch = min(settings.batch, len(labels))
     per_epoch = -(-len(labels) // batch)
     total = settings.epochs * per_epoch
-    rows = _schedule(len(labels), settings.epochs, per_epoch, batch, seed).to(points.device)
-    rates = torch.from_numpy(settings.lr * (1 - np.arange(total) / total)).float().to(points.device)
-    targets = torch.from_numpy(labels).to(points.device)
-    rate = torch.tensor(settings.lr, device=points.device)  # a float would freeze into a graph
+    rows = _schedule(len(labels), settings.epochs, per_epoch, batch, seed).to(backend.device)
+    rates = (
+        torch.from_numpy(settings.lr * (1 - np.arange(total) / total)).float().to(backend.device)
+    )
+    targets = torch.from_numpy(labels).to(backend.device)
+    rate = torch.tensor(settings.lr, device=backend.device)  # a float would freeze into a graph
     optimiser = torch.optim.SGD(
         head.parameters(), lr=rate, momentum=settings.momentum, fused=backend.fused or None
     )
+
+    def taken(rows: torch.Tensor) -> torch.Tensor:
+        if isinstance(points, Spilled):
+            return backend.tensor(points[backend.array(rows)]).float()
+        return points[rows].float()
 
     def steps(rows: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
         """An optimiser step for each line of rows (T, B), at each of the rates (T,); losses (T,)"""
@@ -140,7 +148,7 @@ def fine_tune(
             inside = chosen.clamp(min=0)
             wanted = targets[inside].masked_fill(chosen < 0, IGNORED)
             loss = functional.cross_entropy(
-                head(points[inside]), wanted, weight=weight, ignore_index=IGNORED
+                head(taken(inside)), wanted, weight=weight, ignore_index=IGNORED
             )
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -149,8 +157,9 @@ def fine_tune(
         return torch.stack(losses)
 
     together = min(settings.replay or per_epoch, total)
-    captured = backend.captured(steps)
-    losses = torch.empty(total, device=points.device)
+    # a CUDA graph reads no file
+    captured = steps if isinstance(points, Spilled) else backend.captured(steps)
+    losses = torch.empty(total, device=backend.device)
     for start in range(0, total, together):
         stop = min(start + together, total)
         run = captured if stop - start == together else steps  # a graph has one shape

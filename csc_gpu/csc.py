@@ -25,7 +25,8 @@ from csc_gpu.backend import Backend
 from csc_gpu.checkpoint import NOWHERE, Checkpoints
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError, TrainingDiverged
-from csc_gpu.features import features
+from csc_gpu.features import Settings as FeatureSettings
+from csc_gpu.features import are_finite, features
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import (
     Array,
@@ -68,6 +69,7 @@ class Settings:
     data: data.Settings = field(default_factory=data.Settings)
     train: train.Settings = field(default_factory=train.Settings)
     watch: Watch = field(default_factory=Watch)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
     segregate: segregate.Settings = field(default_factory=segregate.Settings)
     conceal: conceal.Settings = field(default_factory=conceal.Settings)
     recover: recover.Settings = field(default_factory=recover.Settings)
@@ -137,14 +139,14 @@ def learn(
             if at.step not in watched or at.step in seen:
                 continue
             with clock("features"):
-                points = features(model, corpus, backend)  # (N, D)
+                points = features(model, corpus, backend, settings.features)  # (N, D)
                 check_finite(points, at, settings, backend)
             with clock("cluster"):
                 observe = partial(segregate.observe, scales=scales[at.step])
                 how = points, corpus.labels, at.epoch, settings.segregate, backend
                 seen[at.step] = segregate.shared(partial(observe, *how), backend)
             log("snapshot", sighting=seen[at.step])
-            stored |= {at.step: backend.to_numpy(points)} if settings.watch.keep else {}
+            stored |= {at.step: backend.to_numpy(points[:])} if settings.watch.keep else {}
             del points  # or it would live beside the next
             told = partial(segregate.of_sighting, seen[at.step], stored.get(at.step), backend)
             kept.save(f"snapshot-{at.step}", told)
@@ -171,7 +173,16 @@ def conclude(
 
     model = learnt.model
     how = settings.train, settings.segregate, backend, clock
-    witness = Trained(model, corpus, untrained, *how, seed=seed, log=log, kept=kept)
+    witness = Trained(
+        model,
+        corpus,
+        untrained,
+        *how,
+        seed=seed,
+        extraction=settings.features,
+        log=log,
+        kept=kept,
+    )
     known = kept.load("verdict")
     if known is not None:
         verdict = segregate.to_verdict(known)
@@ -226,13 +237,13 @@ def snapshots(
     epoch, points = zip(*learnt.kept, strict=True)
     found = {"features": np.stack(points), "epoch": np.array(epoch)}
     if verdict.transfers or verdict.checks:
-        found["final"] = backend.to_numpy(witness.points())
+        found["final"] = backend.to_numpy(witness.points()[:])
     return found
 
 
 def check_finite(points: Array, at: train.Moment, settings: Settings, backend: Backend) -> None:
     """Raises TrainingDiverged if a feature is NaN or infinite."""
-    if not bool(backend.xp.isfinite(points).all()):
+    if not are_finite(points, backend.xp):
         raise TrainingDiverged(
             f"training diverged by epoch {at.epoch:.2f}: features are not finite; "
             f"lower train.lr, now {settings.train.lr}"

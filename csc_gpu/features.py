@@ -2,27 +2,126 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
 from csc_gpu.backend.passes import Portion
+from csc_gpu.config import require
+from csc_gpu.errors import ConfigError
 from csc_gpu.models import Net
 from csc_gpu.types import Array, Corpus
 
 BATCH = 512
 """Images in one forward pass."""
+READ = 4096
+"""Rows of spilled features that are mapped into memory at a time."""
+CHECKED = 65_536
+"""Rows looked at a time for numbers that are not finite."""
+NUMBERS = {"float32": 4, "float16": 2}
+"""How features may be kept, and the bytes of a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the features of all rows are kept until they have been looked at."""
+
+    precision: str = "float32"
+    """float32, or float16: half the room, three digits; the arithmetic on them is float32."""
+    spill: str = ""
+    """Folder for features that do not fit the device: they lie in a file there, without a name,
+    which takes 4 (float16: 2) bytes a number and ends with the run. Empty: on the device."""
+
+    def __post_init__(self) -> None:
+        one_of = f"one of {', '.join(NUMBERS)}"
+        require(self, "features", one_of, NUMBERS.__contains__, "precision")
 
 
 @torch.inference_mode()
-def features(model: Net, corpus: Corpus, backend: Backend) -> Array:
-    """The input of the last linear layer, for every row. (N, D) float32, C order, on the device"""
+def features(
+    model: Net, corpus: Corpus, backend: Backend, settings: Settings | None = None
+) -> Array:
+    """The input of the last linear layer, for every row. (N, D), C order, on the device or Spilled
+
+    Raises ConfigError if they are to be spilled where there is no room.
+    """
     model.eval()
-    out = backend.xp.zeros((len(corpus), model.n_features), dtype=backend.xp.float32)
-    for batch in backend.batches(corpus, BATCH, portion=Portion(batches=backend.ranks.share)):
+    kept = settings or Settings()
+    shape, xp, ranks = (len(corpus), model.n_features), backend.xp, backend.ranks
+    if kept.spill and ranks.world > 1:
+        raise ConfigError("features.spill is for one rank; each keeps all features on its device")
+    out = (
+        Spilled(shape, kept, backend)
+        if kept.spill
+        else xp.zeros(shape, getattr(xp, kept.precision))
+    )
+    for batch in backend.batches(corpus, BATCH, portion=Portion(batches=ranks.share)):
         points = model.features(batch.images)  # (B, D) float32, whatever training computes in
         out[backend.array(batch.rows)] = backend.array(points)
-    backend.ranks.add_up(backend.tensor(out))  # a row is zero but with the rank that took it
+    if ranks.world > 1:
+        ranks.add_up(backend.tensor(out))  # a row is zero but with the rank that took it
     return out
+
+
+class Spilled:
+    """Features (N, D) in a file; rows that are asked for come up to the device, a copy.
+
+    The file is mapped anew for every few rows, so that what was read does not stay resident.
+    """
+
+    def __init__(self, shape: tuple[int, int], settings: Settings, backend: Backend) -> None:
+        self.shape, self.dtype = shape, np.dtype(settings.precision)
+        self._backend, folder = backend, settings.spill
+        size = shape[0] * shape[1] * self.dtype.itemsize
+        try:
+            free = shutil.disk_usage(folder).free
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - it ends with us
+        except OSError as fault:
+            raise ConfigError(
+                f"features.spill: cannot write to {folder!r} ({fault.strerror}); name a folder"
+            ) from fault
+        weakref.finalize(self, self._file.close)
+        if size > free:
+            raise ConfigError(
+                f"features.spill: {size} bytes are needed in {folder!r}, {free} are free; name "
+                "another folder, or set features.precision=float16"
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __setitem__(self, rows: Array, values: Array) -> None:
+        lines = self._backend.to_numpy(values).astype(self.dtype)
+        for row, line in zip(self._backend.to_numpy(rows).tolist(), lines, strict=True):
+            self._file.seek(row * line.nbytes)
+            self._file.write(line.tobytes())
+
+    def __getitem__(self, rows: Array | slice) -> Array:
+        wanted: NDArray[Any] = (
+            np.arange(*rows.indices(len(self)))
+            if isinstance(rows, slice)
+            else self._backend.to_numpy(rows)
+        )
+        out = np.empty((*wanted.shape, self.shape[1]), self.dtype)
+        self._file.flush()
+        for start in range(0, len(wanted), READ):
+            mapped = np.memmap(self._file, self.dtype, "r", shape=self.shape)
+            out[start : start + READ] = mapped[wanted[start : start + READ]]
+        return self._backend.xp.asarray(out)
+
+
+def are_finite(points: Array, xp: ModuleType) -> bool:
+    """Whether no feature (N, D) is NaN or infinite."""
+    starts = range(0, len(points), CHECKED)
+    return all(bool(xp.isfinite(points[s : s + CHECKED]).all()) for s in starts)
 
 
 @torch.inference_mode()

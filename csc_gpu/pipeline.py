@@ -207,7 +207,8 @@ def train(
                 f"{defense}, rule {settings.segregate.rule}, seed {seed}, "
                 f"flip {'on' if settings.train.flip else 'off'}"
             )
-            split = opened(source, settings, backend, skip_broken=skip_broken, log=log)
+            check = MemoryCheck(settings, backend, log)
+            split = opened(source, settings, backend, check, skip_broken=skip_broken, log=log)
             plan = budget(len(split.train), settings.train)
             log.say(
                 f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
@@ -217,7 +218,8 @@ def train(
             about = identity(source, split.train, settings, defense, seed)
             starts = count_start(kept, about, log)
             outcome, summary = defended(source, split, log=log, kept=kept, **how)
-            save_outcome(folder, outcome, split, settings, summary | {"starts": starts}, backend)
+            summary |= {"starts": starts, "memory": check.measured()}
+            save_outcome(folder, outcome, split, settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
 
@@ -226,20 +228,28 @@ def follow(source: str, out: Path, *, skip_broken: bool, backend: Backend, **how
     """What the ranks after the first do: the same work, of which they keep and say nothing."""
     kept = Following(run.partial_of(out) / run.CHECKPOINTS)
     with Console(silent=True) as log, kept.heeding_sigterm():
-        split = opened(source, how["settings"], backend, skip_broken=skip_broken, log=log)
+        settings = how["settings"]
+        check = MemoryCheck(settings, backend, log)
+        split = opened(source, settings, backend, check, skip_broken=skip_broken, log=log)
         defended(source, split, backend=backend, log=log, kept=kept, **how)
     return ""
 
 
 def opened(
-    source: str, settings: csc.Settings, backend: Backend, *, skip_broken: bool, log: Console
+    source: str,
+    settings: csc.Settings,
+    backend: Backend,
+    check: reader.Before,
+    *,
+    skip_broken: bool,
+    log: Console,
 ) -> Split:
     """The source with its pixels where the machine wants them, once the plan of memory holds."""
     return sources.load(
         source,
         settings.data,
         backend=backend,
-        before=memory_check(backend.free_bytes(), settings, backend, log),
+        before=check,
         skip_broken=skip_broken,
         log=log,
     )
@@ -278,7 +288,7 @@ def identity(
     chosen = {
         name: value
         for name, value in flattened(settings).items()
-        if not name.startswith(("gpu.", "checkpoint."))
+        if not name.startswith(("gpu.", "checkpoint.", "features.spill"))
     }
     return {
         "source": str(Path(source).absolute()) if Path(source).exists() else source,
@@ -315,22 +325,50 @@ def count_start(kept: Folder, about: Mapping[str, Any], log: Console) -> int:
     return starts
 
 
-def memory_check(
-    room: int | None, settings: csc.Settings, backend: Backend, log: Console
-) -> reader.Before:
-    """Plans a run on a GPU with `room` bytes before pixels are read; one too small is refused."""
+class MemoryCheck:
+    """Plans a run before pixels are read, and refuses one that a GPU is too small for.
 
-    def check(split: Split, size: tuple[int, int], streamed: bool) -> None:
-        if backend.name != "gpu" or room is None:
+    A CPU's run is told what it will take, and not refused: it may swap.
+    """
+
+    def __init__(self, settings: csc.Settings, backend: Backend, log: Console) -> None:
+        self._settings, self._backend, self._log = settings, backend, log
+        self._room, self._found = backend.free_bytes(), dict[str, Any]()
+
+    def __call__(self, split: Split, size: tuple[int, int], streamed: bool) -> None:
+        if self._room is None:
             return
         shape = planning.Shape(len(split.train), *size, split.train.n_classes, len(split.test))
-        found = planning.plan(shape, settings, room, streamed=streamed)
-        lines = planning.told(found, settings.train.model)
-        log("plan", lines=lines)
-        log.say(f"memory: {lines[-1]}")
-        planning.refuse_too_small(found)
+        found = planned(shape, self._settings, self._room, self._backend, streamed)
+        lines = planning.told(found, self._settings)
+        self._log("plan", lines=lines)
+        self._log.say(f"memory: {lines[-1]}")
+        self._found = {
+            "planned_bytes": found.peak(found.largest),
+            "largest_stage": found.largest,
+        }
+        if self._backend.name == "gpu":
+            planning.refuse_too_small(found)
 
-    return check
+    def measured(self) -> dict[str, Any]:
+        """The plan's largest stage, and the most that was held so far, for the summary."""
+        return self._found | {"peak_bytes": self._backend.peak_bytes()}
+
+
+def planned(
+    shape: planning.Shape,
+    settings: csc.Settings,
+    room: int,
+    backend: Backend,
+    streamed: bool | None,
+) -> planning.Plan:
+    """The plan for this machine, `room` bytes of which may still be taken."""
+    if backend.name == "gpu":
+        return planning.plan(shape, settings, room, streamed=streamed)
+    has = backend.peak_bytes() or 0
+    return planning.plan(
+        shape, settings, room + has, streamed=streamed, machine="cpu", libraries=has
+    )
 
 
 def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
@@ -540,12 +578,21 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def plan(
-    source: str | None, shape: tuple[int, int, int], changes: Mapping[str, Any], memory: int
+    source: str | None,
+    shape: tuple[int, int, int],
+    changes: Mapping[str, Any],
+    memory: int | None,
 ) -> str:
-    """The memory plan for a source, or for (rows, side, classes) if there is none yet."""
+    """The memory plan for a source, or for (rows, side, classes) if there is none yet.
+
+    memory is a GPU's; None plans a run on this processor. Raises ConfigError if it cannot tell how
+    much memory it has.
+    """
     settings = override(csc.Settings(), dict(changes))
+    here = open_backend("cpu")
     if not settings.train.model:
-        settings = override(settings, {"train.model": "resnet18"})
+        name = "resnet18" if memory is not None else here.usual_model
+        settings = override(settings, {"train.model": name})
     rows, side, classes = shape
     wanted, streamed = planning.Shape(rows, side, side, classes), None
     if source is not None:
@@ -554,8 +601,14 @@ def plan(
         size = reader.common_size(train, settings.data.size)
         wanted = planning.Shape(len(train), *size, train.n_classes, len(test))
         streamed = None if train.files else False
-    found = planning.plan(wanted, settings, memory, streamed=streamed)
-    return "\n".join(planning.told(found, settings.train.model))
+    if memory is not None:
+        found = planning.plan(wanted, settings, memory, streamed=streamed)
+    else:
+        room = here.free_bytes()
+        if room is None:
+            raise ConfigError("this system does not tell its free memory; give --gpu-memory SIZE")
+        found = planned(wanted, settings, room, here, streamed)
+    return "\n".join(planning.told(found, settings))
 
 
 # --- segregate ----------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""What a run will take of a device's memory, stage by stage, before any work begins.
+"""What a run will take of a machine's memory, stage by stage, before any work begins.
 
 The sizes of arrays are exact. What training keeps for its backward pass is counted on a net without
-memory (torch's meta device); what libraries take besides is covered by a margin. No GPU has been
-compared with it yet.
+memory (torch's meta device). What libraries take besides is covered by a margin on a GPU, by what
+the process has already on a CPU; there scikit-learn lists the neighbours of all rows at once, and
+how many they are is a guess. No GPU has been compared with it yet.
 """
 
 from __future__ import annotations
@@ -18,13 +19,18 @@ from csc_gpu.backend.gpu import MARGIN, asked_together
 from csc_gpu.backend.reader import SHARE_OF_MEMORY
 from csc_gpu.backend.workspace import Workspace, needed, workspace
 from csc_gpu.errors import DeviceTooSmall
-from csc_gpu.features import BATCH
+from csc_gpu.features import BATCH, CHECKED, NUMBERS
 from csc_gpu.models import Net, new_model
 from csc_gpu.segregate import looked_at
 from csc_gpu.segregate.clusters import BLOCK, least_neighbours
+from csc_gpu.segregate.sample import AT_A_TIME
 
 FLOAT, INDEX = 4, 8  # bytes
-ESTIMATED = ("activations", "graph")
+BYTES_A_PAIR = 17
+"""Of scikit-learn's DBSCAN for each neighbour of each row (measured: 2.1 times its index)."""
+NEIGHBOURS = 8
+"""Neighbours within the coarsest radius, on average, in units of min_samples (digits: 7.9)."""
+ESTIMATED = ("activations", "graph", "lists of neighbours")
 """Parts that are no arrays of known size; a run is not refused for them."""
 
 
@@ -46,9 +52,10 @@ class Plan:
     shape: Shape
     held: Mapping[str, int]  # from the first stage to the last
     stages: Mapping[str, Mapping[str, int]]  # what each holds besides
-    clustering: Workspace | None  # what DBSCAN gets of the rest; None if not even a row fits
+    clustering: Workspace | None  # what a GPU's DBSCAN gets of the rest; None: not even a row fits
     streamed: bool  # the pixels would take too much, so files are read in every epoch
     memory: int
+    machine: str = "gpu"  # or cpu, where DBSCAN takes what it takes
 
     def peak(self, stage: str) -> int:
         """Bytes in use in a stage."""
@@ -67,21 +74,32 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether every stage fits."""
-        return self.clustering is not None and self.peak(self.largest) <= self.memory
+        return not self._is_crowded and self.peak(self.largest) <= self.memory
+
+    @property
+    def _is_crowded(self) -> bool:
+        return self.machine == "gpu" and self.clustering is None
 
     @property
     def cannot_fit(self) -> str:
         """The first stage whose arrays alone are too large; empty if there is none."""
-        if self.clustering is None:
+        if self._is_crowded:
             return "cluster"
         return next((s for s in self.stages if self.certain(s) > self.memory), "")
 
 
 def plan(
-    shape: Shape, settings: csc.Settings, memory: int, *, streamed: bool | None = None
+    shape: Shape,
+    settings: csc.Settings,
+    memory: int,
+    *,
+    streamed: bool | None = None,
+    machine: str = "gpu",
+    libraries: int = MARGIN,
 ) -> Plan:
-    """What each stage of csc.defend takes on a device with so many bytes to use.
+    """What each stage of csc.defend takes on a "gpu" or "cpu" with so many bytes to use.
 
+    `libraries` are the bytes that they take beside our arrays, on a CPU counted as usable.
     settings.train.model must name a net. `streamed` says whether the pixels stay on disk; None: if
     they would take too much, as backend.reader decides for files.
     """
@@ -94,17 +112,22 @@ def plan(
         "pixels": 0 if streamed else pixels,
         "labels and order": 3 * INDEX * shape.rows,
         "weights, gradients, momentum": 3 * _weights(model),
-        "libraries": MARGIN,
+        "libraries": libraries,
     }
-    stages = _stages(shape, settings, model)
+    stages = _stages(shape, settings, model, machine)
+    if machine == "cpu":
+        return Plan(shape, held, stages, None, streamed, memory, machine)
     rest = memory - sum(held.values()) - sum(stages["cluster"].values())
-    space = _clustering(shape.rows, _dims(settings, model), rest)
-    stages["cluster"]["DBSCAN, at least"] = 1_000_000 * needed(shape.rows, 1, "int32")
+    n = settings.segregate.seen(shape.rows)
+    space = _clustering(n, _dims(settings, model.n_features), rest)
+    stages["cluster"]["DBSCAN, at least"] = 1_000_000 * needed(n, 1, "int32")
     return Plan(shape, held, stages, space, streamed, memory)
 
 
-def _stages(shape: Shape, settings: csc.Settings, model: Net) -> dict[str, dict[str, int]]:
-    """Bytes that each stage holds beside what is always held, without DBSCAN's."""
+def _stages(
+    shape: Shape, settings: csc.Settings, model: Net, machine: str
+) -> dict[str, dict[str, int]]:
+    """Bytes that each stage holds beside what is always held, without a GPU's DBSCAN."""
     n, chosen, d = shape.rows, settings.segregate, model.n_features
     image = FLOAT * 3 * shape.height * shape.width
     watched = sorted(settings.watch.steps(train.budget(n, settings.train)))
@@ -113,10 +136,10 @@ def _stages(shape: Shape, settings: csc.Settings, model: Net) -> dict[str, dict[
         "clusters of every snapshot and scale": clustered * FLOAT * n,
         "strays of every snapshot": len(watched) * n,
     }
-    features = {"features": FLOAT * n * d}
-    activations = {"activations": _kept_for_backward(model, settings, shape)}
-    dims, k = _dims(settings, model), min(n, least_neighbours(n, chosen))
-    asked = min(asked_together(k, dims), chosen.k_rows, n)
+    features = {"features": 0 if settings.features.spill else _features(n, d, settings)}
+    if machine == "cpu" and settings.watch.keep:
+        seen["features of every snapshot"] = len(watched) * _features(n, d, settings)
+    activations = {"activations": _kept_for_backward(model, settings, shape, machine)}
     models = {"check's, concealed and recovered model": 5 * _weights(model)}
     recover = {"recover": {**activations, **features, **seen, **models}}
     return (recover if settings.recover.on else {}) | {
@@ -127,16 +150,12 @@ def _stages(shape: Shape, settings: csc.Settings, model: Net) -> dict[str, dict[
             **seen,
             "activations": _widest(model, shape) * FLOAT * BATCH * 3,
             "batch": image * BATCH,
-            "which are finite": n * d,
+            "which are finite": min(CHECKED, n) * d,
         },
         "cluster": {
             **features,
             **seen,
-            "order of its own": 4 * INDEX * n,
-            "embedded rows": FLOAT * n * dims,
-            "blocks": 3 * FLOAT * min(BLOCK, n) * d,
-            "principal components": 4 * INDEX * d**2,
-            "neighbours": (2 * FLOAT * dims + INDEX) * k * asked,
+            **clustering_parts(n, d, shape.classes, settings, machine),
         },
         "conceal": {
             **features,
@@ -146,6 +165,35 @@ def _stages(shape: Shape, settings: csc.Settings, model: Net) -> dict[str, dict[
             + 16 * (shape.classes + 1) * d * FLOAT,
         },
     }
+
+
+def clustering_parts(
+    n: int, d: int, classes: int, settings: csc.Settings, machine: str
+) -> dict[str, int]:
+    """Bytes that segregate.observe takes beside the features (n, d), without a GPU's DBSCAN."""
+    chosen, dims = settings.segregate, _dims(settings, d)
+    m, block = chosen.seen(n), min(BLOCK, n)
+    k = min(m, least_neighbours(m, chosen))
+    asked = m if m < n else min(chosen.k_rows, m)
+    parts = {
+        "order of its own": 4 * INDEX * n,
+        "embedded rows": FLOAT * n * dims,
+        "blocks": block * max(3 * FLOAT * d, 2 * FLOAT * d + (FLOAT + 1) * classes),
+        "principal components": 4 * INDEX * d**2,
+    }
+    if machine == "cpu":
+        parts["neighbours"] = 2 * INDEX * k * asked
+        parts["lists of neighbours"] = BYTES_A_PAIR * m * min(m, NEIGHBOURS * k)
+    else:
+        parts["neighbours"] = (2 * FLOAT * dims + INDEX) * k * min(asked_together(k, dims), asked)
+    if m < n:
+        parts["nearest core rows"] = (FLOAT + INDEX) * n + 2 * FLOAT * max(AT_A_TIME, m)
+    return parts
+
+
+def _features(n: int, d: int, settings: csc.Settings) -> int:
+    """Bytes of all features, where they are kept."""
+    return NUMBERS[settings.features.precision] * n * d
 
 
 def _clustering(n: int, dims: int, rest: int) -> Workspace | None:
@@ -162,14 +210,15 @@ def _weights(model: Net) -> int:
     return FLOAT * numbers
 
 
-def _dims(settings: csc.Settings, model: Net) -> int:
+def _dims(settings: csc.Settings, n_features: int) -> int:
     """Dimensions in which rows are clustered."""
     asked = settings.segregate.pca
-    return asked if 0 < asked < model.n_features else model.n_features
+    return asked if 0 < asked < n_features else n_features
 
 
 REMEDIES = {
     "pixels": "a smaller --set data.size, or an image folder, which can be streamed",
+    "features": "--set features.precision=float16, --set features.spill=FOLDER",
     "embedded rows": "--set segregate.pca=16",
     "weights, gradients, momentum": "--set train.model=resnet8",
     "second model": "--set train.model=resnet8",
@@ -192,9 +241,9 @@ def refuse_too_small(found: Plan) -> None:
     )
 
 
-def told(found: Plan, model: str) -> list[str]:
+def told(found: Plan, settings: csc.Settings) -> list[str]:
     """The plan as lines of text."""
-    shape = found.shape
+    shape, model = found.shape, settings.train.model
     lines = [
         f"{shape.rows} rows of {shape.classes} classes at {shape.height}x{shape.width}, {model}; "
         f"pixels {'streamed from disk' if found.streamed else 'resident'}",
@@ -204,10 +253,16 @@ def told(found: Plan, model: str) -> list[str]:
         f"{stage:10s} {gigabytes(found.peak(stage)):>10s}   {_parts(parts)}"
         for stage, parts in found.stages.items()
     ]
+    seen = settings.segregate.seen(shape.rows)
+    if seen < shape.rows:
+        lines.append(
+            f"clustering sees a sample of {seen} rows, the others join it: segregate.mode is "
+            f"{settings.segregate.mode}"
+        )
     space = found.clustering
     if space is not None:
         lines.append(
-            f"DBSCAN gets {space.mbytes} MB: {math.ceil(shape.rows / space.batch)} batches of "
+            f"DBSCAN gets {space.mbytes} MB: {math.ceil(space.n / space.batch)} batches of "
             f"{space.batch} rows, {space.dtype}, every pair computed {space.passes:.2f} times"
         )
     unsure = "does not fit" if found.cannot_fit else "may not fit, by estimate"
@@ -229,7 +284,7 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3f} GB"
 
 
-def _kept_for_backward(model: Net, settings: csc.Settings, shape: Shape) -> int:
+def _kept_for_backward(model: Net, settings: csc.Settings, shape: Shape, machine: str) -> int:
     """Bytes that one training step keeps for its backward pass, and the largest of them again."""
     found: dict[int, int] = {}
 
@@ -246,7 +301,7 @@ def _kept_for_backward(model: Net, settings: csc.Settings, shape: Shape) -> int:
         )
     del loss
     total = sum(found.values()) + 2 * max(found.values())
-    return total // 2 if settings.gpu.bf16 else total
+    return total // 2 if settings.gpu.bf16 and machine == "gpu" else total
 
 
 def _widest(model: Net, shape: Shape) -> int:

@@ -129,6 +129,7 @@ class Sighting:
     clusterings: tuple[Clusters, ...]  # Q, or none if the rule does not count this snapshot
     min_samples: int
     stray: Array  # (N,) bool, on the device: nearer to another label's mean than to its own
+    sampled: int = 0  # rows that DBSCAN saw, where it did not see all
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from csc_gpu import segregate, train, trigger
 from csc_gpu.backend import Backend
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record
 from csc_gpu.errors import TrainingDiverged
-from csc_gpu.features import features, predict
+from csc_gpu.features import Settings, are_finite, features, predict
 from csc_gpu.models import Net
 from csc_gpu.types import Array, Corpus, Log, Mask, Reclassified, Segregation, quiet
 
@@ -36,11 +36,12 @@ class Trained:
         clock: Clock,
         *,
         seed: int,
+        extraction: Settings | None = None,
         log: Log = quiet,
         kept: Checkpoints = NOWHERE,
     ) -> None:
         self._model, self._corpus, self._new_model = model, corpus, new_model
-        self._training, self._segregation = training, segregation
+        self._training, self._extraction, self._segregation = training, extraction, segregation
         self._backend, self._clock, self._seed, self._log = backend, clock, seed, log
         self._kept = kept
         self._points: Array | None = None
@@ -49,8 +50,8 @@ class Trained:
         """Features of all rows under the trained model. (N, D) on the device"""
         if self._points is None:
             with self._clock("features"):
-                self._points = features(self._model, self._corpus, self._backend)
-            if not bool(self._backend.xp.isfinite(self._points).all()):
+                self._points = features(self._model, self._corpus, self._backend, self._extraction)
+            if not are_finite(self._points, self._backend.xp):
                 raise TrainingDiverged("training diverged: features are not finite; lower train.lr")
         return self._points
 

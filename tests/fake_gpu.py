@@ -37,9 +37,9 @@ METHODS = _names(
 UPLOADS = frozenset({"array", "asarray", "ascontiguousarray"})
 """Functions to which CuPy takes arrays of the host."""
 NAMES = _names(
-    "arange argsort bincount bool_ concatenate empty flatnonzero float32 float64 full int16 int32 "
-    "int64 isfinite linspace log2 matmul packbits quantile stack subtract uint16 uint32 uint64 "
-    "uint8 unique where zeros"
+    "arange argsort bincount bool_ concatenate empty flatnonzero float16 float32 float64 full "
+    "int16 int32 int64 isfinite linspace log2 matmul packbits quantile stack subtract uint16 "
+    "uint32 uint64 uint8 unique where zeros"
 )
 """The other names of CuPy that the fake offers: those that csc_gpu uses. test_cuda_signatures finds
 out whether they are enough, and whether CuPy has them."""
@@ -380,6 +380,10 @@ class FakeDriver(FakeGraphs):
     def free_bytes(self) -> int:
         """See Driver.free_bytes."""
         return self.free
+
+    def peak_bytes(self) -> int:
+        """See Driver.peak_bytes."""
+        return max((points.nbytes for points in self.points), default=0)
 
     def dbscan(
         self, points: DeviceArray, eps: float, min_samples: int, space: Workspace

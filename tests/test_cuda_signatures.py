@@ -219,6 +219,7 @@ def test_rmm_has_a_pool_that_counts_and_stops():
     mr = real("rmm").mr
     assert callable(mr.LimitingResourceAdaptor.get_allocated_bytes)
     assert callable(mr.set_current_device_resource)
+    assert hasattr(mr.StatisticsResourceAdaptor, "allocation_counts")
     assert in_rmm_stub("LimitingResourceAdaptor")[1:] == ["upstream_mr", "allocation_limit"]
     assert "release_threshold" in in_rmm_stub("CudaAsyncMemoryResource")
 

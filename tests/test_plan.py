@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
-from csc_gpu import csc, pipeline, plan
+from csc_gpu import csc, pipeline, plan, segregate
+from csc_gpu.backend import Settings as Gpu
+from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.cli import cli
 from csc_gpu.config import override
 from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.models import new_model
 from csc_gpu.plan import Shape
 from csc_gpu.progress import Console
-from csc_gpu.types import Corpus, Split, quiet
+from csc_gpu.types import Corpus, Split
 
 GB = 1_000_000_000
 CIFAR = Shape(50_000, 32, 32, 10)
@@ -91,7 +94,7 @@ def test_clustering_gets_what_the_rest_leaves():
     found = planned(CIFAR, 24 * GB)
     assert found.clustering is not None
     assert found.clustering.mbytes * 1_000_000 < found.memory - found.peak("cluster")
-    assert planned(IMAGENET, 24 * GB).clustering.passes > 1.9
+    assert planned(IMAGENET, 24 * GB, segregate__mode="all").clustering.passes > 1.9
     assert planned(CIFAR, 139 * GB).clustering.passes == 1
 
 
@@ -106,7 +109,7 @@ def test_an_estimate_alone_refuses_nothing_but_is_told():
     found = planned(Shape(2000, 224, 224, 10), 3 * GB, train__batch=256)  # 3.7 GB of activations
     assert not found.fits and not found.cannot_fit
     plan.refuse_too_small(found)
-    assert plan.told(found, "resnet18")[-1].startswith("may not fit")
+    assert plan.told(found, settings_of())[-1].startswith("may not fit")
 
 
 def test_what_is_refused_for_its_pixels_is_told_about_pixels():
@@ -130,29 +133,101 @@ def test_a_device_without_room_for_a_row_of_dbscan_is_too_small():
         plan.refuse_too_small(without)
 
 
-class Gpu:
+@dataclasses.dataclass
+class Machine:
     """As much of a backend as the check of its memory asks for."""
 
-    name = "gpu"
+    name: str
+    room: int | None
+
+    def free_bytes(self) -> int | None:
+        return self.room
+
+    def peak_bytes(self) -> int:
+        return GB // 2
+
+
+def checked(machine: Machine, log: Console) -> pipeline.MemoryCheck:
+    rows = np.arange(30) % 3
+    there = Corpus(rows, ("a", "b", "c"), rows, ("",) * 30, read_at=(64, 64))
+    check = pipeline.MemoryCheck(settings_of(), machine, log)
+    check(Split(there, there), (64, 64), False)
+    return check
 
 
 def test_a_run_is_planned_and_refused_before_its_pixels_are_read(tmp_path):
-    rows = np.arange(30) % 3
-    there = Corpus(rows, ("a", "b", "c"), rows, ("",) * 30, read_at=(64, 64))
     for room, refused in ((GB, False), (1_000_000, True)):
         with Console(tmp_path / f"{room}.jsonl") as log:
-            check = pipeline.memory_check(room, settings_of(), Gpu(), log)
             try:
-                check(Split(there, there), (64, 64), False)
+                checked(Machine("gpu", room), log)
                 assert not refused
             except DeviceTooSmall:
                 assert refused
         assert '"event": "plan"' in (tmp_path / f"{room}.jsonl").read_text()
-    Gpu.name = "cpu"  # where scikit-learn works otherwise, nothing is planned
+
+
+def test_a_run_on_the_processor_is_planned_and_never_refused(tmp_path):
+    with Console(tmp_path / "log.jsonl") as log:
+        found = checked(Machine("cpu", 1), log).measured()
+        assert found["largest_stage"] == "verify"
+        assert found["planned_bytes"] > found["peak_bytes"] == GB // 2
+        assert "GB of 0.500 GB" in (tmp_path / "log.jsonl").read_text()  # what it has is its own
+        assert checked(Machine("cpu", None), log).measured() == {"peak_bytes": GB // 2}
+
+
+def test_the_plan_of_a_processor_counts_neighbours_and_no_workspace_of_cuml():
+    found = plan.plan(CIFAR, settings_of(), 24 * GB, machine="cpu", libraries=GB)
+    assert found.fits and found.clustering is None and found.held["libraries"] == GB
+    assert "DBSCAN, at least" not in found.stages["cluster"]
+    assert found.stages["cluster"]["lists of neighbours"] == 17 * 50_000 * 8 * 100
+    assert found.stages["train"]["activations"] == pytest.approx(
+        2 * planned(CIFAR, 24 * GB).stages["train"]["activations"], rel=0.01
+    )  # float32 there
+
+
+def test_what_is_clustered_is_a_sample_where_all_pairs_are_out_of_reach():
+    whole = plan.plan(IMAGENET, settings_of(segregate__mode="all"), 24 * GB, machine="cpu")
+    some = plan.plan(IMAGENET, settings_of(), 24 * GB, machine="cpu")
+    lists = [p.stages["cluster"]["lists of neighbours"] for p in (whole, some)]
+    assert lists[1] == 17 * 50_000 * 8 * 100 < lists[0] / 600
+    assert "a sample of 50000 rows" in "\n".join(plan.told(some, settings_of()))
+    assert planned(IMAGENET, 24 * GB).clustering.n == 50_000
+
+
+def test_features_take_half_in_float16_and_nothing_on_disk():
+    for changes, size in (({}, 4), ({"precision": "float16"}, 2), ({"spill": "/x"}, 0)):
+        named = {f"features__{name}": value for name, value in changes.items()}
+        stages = planned(CIFAR, 24 * GB, **named).stages
+        for stage in ("features", "cluster", "verify", "conceal"):
+            assert stages[stage]["features"] == size * 50_000 * 512
+
+
+def test_the_plan_of_clustering_is_what_numpy_allocates():
+    """Lists of neighbours and the like aside: what tracemalloc sees of NumPy."""
+    n, d, classes = 20_000, 64, 10
+    settings = settings_of(segregate__rule="persistence", segregate__k_rows=1000)
+    settings = override(settings, {"segregate.scales": (0.05,), "segregate.coarsest": 0.05})
+    rng = np.random.default_rng(0)
+    points, labels = rng.random((n, d), np.float32), rng.integers(0, classes, n)
+    parts = plan.clustering_parts(n, d, classes, settings, "cpu")
+    tracemalloc.start()
     try:
-        pipeline.memory_check(1, settings_of(), Gpu(), quiet)(Split(there, there), (64, 64), False)
+        segregate.observe(points, labels, 1.0, settings.segregate, NoPairs(1, Gpu()))
+        peak = tracemalloc.get_traced_memory()[1]
     finally:
-        Gpu.name = "gpu"
+        tracemalloc.stop()
+    arrays = sum(parts[name] for name in ("order of its own", "embedded rows", "blocks"))
+    assert 0.7 * arrays < peak < 1.3 * arrays
+
+
+class NoPairs(CpuBackend):
+    """A processor on which nothing is near to anything."""
+
+    def dbscan(self, points, *, eps, min_samples):
+        return np.full(len(points), -1, np.int32)
+
+    def neighbors(self, points, k, queries):
+        return np.ones(len(queries))
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -199,3 +274,12 @@ def test_plan_wants_a_source_or_rows():
         code, text = told("--gpu-memory", "1GB", *arguments)
         assert code == 2
         assert "give a SOURCE, or --rows" in text
+
+
+def test_plan_is_for_a_gpu_or_for_this_processor():
+    code, text = told("digits", "--cpu")
+    assert code == 0
+    assert text.startswith("1438 rows of 10 classes at 8x8, resnet8")
+    assert "takes most" in text.splitlines()[-1] and "DBSCAN gets" not in text
+    for arguments in ((), ("--cpu", "--gpu-memory", "1GB")):
+        assert told("digits", *arguments)[0] == 2

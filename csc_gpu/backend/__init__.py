@@ -120,6 +120,9 @@ class Backend(Protocol):
     def free_bytes(self) -> int | None:
         """Bytes that pixels, features and clustering may still take; None where none can say."""
 
+    def peak_bytes(self) -> int | None:
+        """Most bytes held so far: on a GPU, or by this process; None where none can say."""
+
     def precision(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass in training."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,9 @@ from csc_gpu.backend import Decoder, Settings, Step
 from csc_gpu.backend.batches import Batches
 from csc_gpu.backend.ranks import ALONE, Ranks
 from csc_gpu.types import Array
+
+if sys.platform != "win32":
+    import resource  # not there on Windows
 
 MEMINFO = Path("/proc/meminfo")
 
@@ -37,6 +41,10 @@ class CpuBackend(Batches):
     def free_bytes(self) -> int | None:
         """See Backend.free_bytes: what can be taken without swapping, as Linux counts it."""
         return free_memory()
+
+    def peak_bytes(self) -> int | None:
+        """See Backend.peak_bytes: resident, files that are mapped among them."""
+        return peak_memory()
 
     def precision(self) -> AbstractContextManager[object]:
         """See Backend.precision."""
@@ -75,6 +83,14 @@ class CpuBackend(Batches):
     def captured(self, step: Step) -> Step:
         """See Backend.captured."""
         return step
+
+
+def peak_memory() -> int | None:
+    """Most bytes this process had resident so far; None on Windows, where Python does not tell."""
+    if sys.platform == "win32":
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def free_memory() -> int | None:

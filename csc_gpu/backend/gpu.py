@@ -50,6 +50,9 @@ class Driver(Graphs, Protocol):
     def free_bytes(self) -> int:
         """Bytes that arrays may still take within the limit, torch's cache left to torch."""
 
+    def peak_bytes(self) -> int:
+        """Most bytes that arrays took so far: torch's peak and the pool's, which may not meet."""
+
     def dbscan(self, points: Array, eps: float, min_samples: int, space: Workspace) -> Array:
         """Cluster numbers of cuML, int32 or int64. (N,)"""
 
@@ -87,6 +90,10 @@ class GpuBackend(Batches):
     def free_bytes(self) -> int | None:
         """See Backend.free_bytes."""
         return self._driver.free_bytes()
+
+    def peak_bytes(self) -> int | None:
+        """See Backend.peak_bytes."""
+        return self._driver.peak_bytes()
 
     def precision(self) -> AbstractContextManager[object]:
         """See Backend.precision."""
@@ -211,7 +218,7 @@ class Cuda:
         self._limit = min(total, int(settings.memory * 1e9) or total)
         if self._limit < total:
             torch.cuda.set_per_process_memory_fraction(self._limit / total, self.device)
-        self._pool = _bounded_pool(self.xp, self._limit)
+        self._pool, self._counted = _bounded_pool(self.xp, self._limit)
         self._side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         torch.backends.cuda.matmul.allow_tf32 = settings.tf32
         torch.backends.cudnn.allow_tf32 = settings.tf32
@@ -227,6 +234,12 @@ class Cuda:
         free, _ = torch.cuda.mem_get_info(self.device)
         unused = self._limit - has - int(self._pool.get_allocated_bytes())
         return max(0, min(free, unused) - returns_for - MARGIN)
+
+    def peak_bytes(self) -> int:
+        """See Driver.peak_bytes."""
+        return torch.cuda.max_memory_allocated(self.device) + int(
+            self._counted.allocation_counts.peak_bytes
+        )
 
     def dbscan(self, points: Array, eps: float, min_samples: int, space: Workspace) -> Array:
         """See Driver.dbscan."""
@@ -278,16 +291,17 @@ def imported(name: str) -> ModuleType:
         ) from fault
 
 
-def _bounded_pool(cupy: ModuleType, limit: int) -> Any:
-    """One RMM pool for CuPy and cuML, which counts, stops at the limit and gives memory back."""
+def _bounded_pool(cupy: ModuleType, limit: int) -> tuple[Any, Any]:
+    """One RMM pool for CuPy and cuML that stops at the limit and gives memory back; its counts."""
     rmm = imported("rmm")
     from_rmm = imported("rmm.allocators.cupy").rmm_cupy_allocator
     pool = rmm.mr.LimitingResourceAdaptor(
         rmm.mr.CudaAsyncMemoryResource(release_threshold=POOL_KEEPS), limit
     )
-    rmm.mr.set_current_device_resource(pool)
+    counted = rmm.mr.StatisticsResourceAdaptor(pool)
+    rmm.mr.set_current_device_resource(counted)
     cupy.cuda.set_allocator(from_rmm)
-    return pool
+    return pool, counted
 
 
 def open_gpu(threads: int, settings: Settings, ranks: Ranks = ALONE) -> GpuBackend:

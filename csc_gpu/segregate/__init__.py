@@ -1,10 +1,11 @@
 """Segregation: cluster the features of early snapshots, and name the suspects.
 
 One snapshot is seen at several scales (clusters.py): rows are L2-normalised, projected on their
-principal components and clustered by DBSCAN at radii taken from quantiles of the k-distance. Then a
-rule reads all the sightings (rules.py). CSC (arXiv 2604.21416) describes its rule in two ways that
-disagree; both are here as the paper's, `text` and `algorithm1`. `two-stage`, the default, and its
-first stage, `persistence`, are ours; stage 2 (verify.py) asks the model and the images.
+principal components and clustered by DBSCAN, all of them or a sample that the others join
+(sample.py), at radii taken from quantiles of the k-distance. Then a rule reads all the sightings
+(rules.py). CSC (arXiv 2604.21416) describes its rule in two ways that disagree; both are here as
+the paper's, `text` and `algorithm1`. `two-stage`, the default, and its first stage, `persistence`,
+are ours; stage 2 (verify.py) asks the model and the images.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def segregate(
     core, freed = voted_core(evidence.votes, labels, settings)
     notes: dict[str, Any] = {
         "rule": settings.rule,
+        "sampled": max(seen.sampled for seen in sightings),
         "core_rows": int(core.sum()),
         "freed_labels": freed,
     }

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
+from csc_gpu.segregate.sample import Joined
 from csc_gpu.segregate.settings import BY_LABEL, Settings
 from csc_gpu.types import Array, Clusters, Sighting
 
@@ -35,7 +36,9 @@ def observe(
 ) -> Sighting:
     """One snapshot's features (N, D): strays, and clusters at these scales, or at all.
 
-    All rows are clustered together, or each label's alone, as the rule wants it.
+    All rows are clustered together, or each label's alone, as the rule wants it; too many of them
+    as a sample, which the others join. Sizes and labels of clusters are of all rows even so,
+    densities of those asked for their k-distance among the rows that DBSCAN saw.
     """
     xp = backend.xp
     labels = xp.asarray(labels)
@@ -45,42 +48,76 @@ def observe(
         return Sighting(epoch, (), least_neighbours(len(points), settings), stray)
     order = own_order(points, labels, xp)
     z, labels = embed(points, order, settings.pca, xp), labels[order]
+    n_classes, back = int(labels.max()) + 1, xp.argsort(order)
     if settings.rule in BY_LABEL:
         rooms = [xp.flatnonzero(labels == label) for label in backend.to_numpy(xp.unique(labels))]
     else:
         rooms = [slice(None)]  # a view, no copy
-    asked, reach = zip(*(_reach(z, rows, settings, backend) for rows in rooms), strict=True)
-    n_classes, back = int(labels.max()) + 1, xp.argsort(order)
+    rooms = [Room(z, rows, settings, backend) for rows in rooms]
+    asked, reach = (
+        xp.concatenate([getattr(r, name) for r in rooms]) for name in ("asked", "reach")
+    )
     clusterings = []
     for scale in scales:
         of_row, n_clusters = xp.full(len(z), -1, xp.int32), 0
-        for rows, near in zip(rooms, reach, strict=True):
-            eps = max(float(xp.quantile(near, scale)), SMALLEST_EPS)
-            room = z[rows]
-            least = least_neighbours(len(room), settings)
-            found = backend.dbscan(room, eps=eps, min_samples=least)
-            of_row[rows] = xp.where(found >= 0, found + n_clusters, -1)
+        for room in rooms:
+            eps, found = room.clustered(scale)
+            of_row[room.rows] = xp.where(found >= 0, found + n_clusters, -1)
             n_clusters = int(of_row.max()) + 1
-        every, near = xp.concatenate(asked), xp.concatenate(reach)
-        size, held, density = describe(of_row, labels, n_classes, near, of_row[every], xp)
+        size, held, density = describe(of_row, labels, n_classes, reach, of_row[asked], xp)
         told = eps if len(rooms) == 1 else float("nan")  # each label has a radius of its own
         clusterings.append(Clusters(of_row[back], size, held, density, told, scale))
-    return Sighting(epoch, tuple(clusterings), least_neighbours(len(z), settings), stray)
+    seen = sum(room.seen for room in rooms)
+    least = least_neighbours(seen, settings)
+    return Sighting(epoch, tuple(clusterings), least, stray, seen if seen < len(z) else 0)
+
+
+class Room:
+    """Rows that are clustered together: all of them by DBSCAN, or a sample that the others join."""
+
+    def __init__(self, z: Array, rows: Array, settings: Settings, backend: Backend) -> None:
+        """z (N, D) are the embedded rows in an order of their own, `rows` those of this room."""
+        self.rows, self._z, self._backend = rows, z, backend
+        xp, room = backend.xp, z[rows]
+        self.seen = settings.seen(len(room))
+        self._least = least_neighbours(self.seen, settings)
+        self._sample: Array = slice(None)
+        joins = self.seen < len(room)
+        if joins:
+            self._sample = evenly(len(room), self.seen, xp)
+        some = room[self._sample]
+        # a sample is asked as a whole, for that tells who is a core row
+        asked = evenly(self.seen, self.seen if joins else settings.k_rows, xp)
+        self.reach = backend.neighbors(some, min(self._least, self.seen), some[asked])
+        self.asked = xp.arange(len(z))[rows][self._sample][asked]
+        self._joined = Joined(room, self._sample, self.reach, xp) if joins else None
+
+    def clustered(self, scale: float) -> tuple[float, Array]:
+        """The radius at a scale, no finer one than before, and the cluster of every row. (n,)"""
+        eps = max(float(self._backend.xp.quantile(self.reach, scale)), SMALLEST_EPS)
+        points = self._z[self.rows][self._sample]
+        found = self._backend.dbscan(points, eps=eps, min_samples=self._least)
+        return eps, self._joined.clusters(found, eps) if self._joined else found
 
 
 def strays(points: Array, labels: Array, xp: ModuleType) -> Array:
     """Rows (N, D) nearer, by angle, to another label's mean than to that of their own. (N,) bool"""
     present = xp.unique(labels)
-    total = xp.zeros((len(present), points.shape[1]), points.dtype)
+    total = xp.zeros((len(present), points.shape[1]), xp.float32)
     blocks = [slice(start, start + BLOCK) for start in range(0, len(points), BLOCK)]
     for block in blocks:
-        is_of = (labels[block] == present[:, None]).astype(points.dtype)  # (C, B)
-        total += is_of @ _unit(points[block], xp)
+        is_of = (labels[block] == present[:, None]).astype(xp.float32)  # (C, B)
+        total += is_of @ _unit(taken(points, block, xp), xp)
     means = _unit(total, xp)
     stray = xp.empty(len(points), bool)
     for block in blocks:
-        stray[block] = present[(points[block] @ means.T).argmax(axis=1)] != labels[block]
+        stray[block] = present[(taken(points, block, xp) @ means.T).argmax(axis=1)] != labels[block]
     return stray
+
+
+def taken(points: Array, rows: Array, xp: ModuleType) -> Array:
+    """Some rows of features (N, D), whatever they are kept as and wherever. (B, D) float32"""
+    return points[rows].astype(xp.float32, copy=False)
 
 
 def _unit(rows: Array, xp: ModuleType) -> Array:
@@ -88,13 +125,9 @@ def _unit(rows: Array, xp: ModuleType) -> Array:
     return rows / xp.where(length > 0, length, 1)
 
 
-def _reach(z: Array, rows: Array, settings: Settings, backend: Backend) -> tuple[Array, Array]:
-    """Some of these rows, evenly, and how far each is from its k-th neighbour among them."""
-    xp, room = backend.xp, z[rows]
-    n = len(room)
-    asked = xp.linspace(0, n - 1, min(n, settings.k_rows)).astype(xp.int64)
-    reach = backend.neighbors(room, min(least_neighbours(n, settings), n), room[asked])
-    return xp.arange(len(z))[rows][asked], reach
+def evenly(n: int, most: int, xp: ModuleType) -> Array:
+    """At most so many of n positions, evenly. In an order of the rows' own, a random sample."""
+    return xp.linspace(0, n - 1, min(n, most)).astype(xp.int64)
 
 
 def least_neighbours(n: int, settings: Settings) -> int:
@@ -107,10 +140,12 @@ def own_order(points: Array, labels: Array, xp: ModuleType) -> Array:
 
     Rows are sorted by a 64-bit hash of their bits and label, in whole numbers, which do not round.
     """
-    bits = xp.ascontiguousarray(points, dtype=xp.float32).view(xp.uint32)
     key = labels.astype(xp.uint64)
-    for column in bits.T:
-        key = key * xp.uint64(HASH_FACTOR) + column
+    for start in range(0, len(points), BLOCK):
+        block = slice(start, start + BLOCK)
+        bits = xp.ascontiguousarray(taken(points, block, xp)).view(xp.uint32)
+        for column in bits.T:
+            key[block] = key[block] * xp.uint64(HASH_FACTOR) + column
     return xp.argsort(key, kind="stable")
 
 
@@ -123,18 +158,18 @@ def embed(points: Array, order: Array, dims: int, xp: ModuleType) -> Array:
     blocks = [slice(start, min(start + BLOCK, n)) for start in range(0, n, BLOCK)]
 
     def unit(block: slice) -> Array:
-        return _unit(points[order[block]], xp)
+        return _unit(taken(points, order[block], xp), xp)
 
     total = sum(unit(block).sum(axis=0, dtype=xp.float64) for block in blocks)
-    mean = (total / n).astype(points.dtype)
+    mean = (total / n).astype(xp.float32)
     projected = 0 < dims < n_features
     if projected:
         scatter = xp.zeros((n_features, n_features), xp.float64)
         for block in blocks:
             centred = unit(block) - mean
             scatter += centred.T @ centred
-        axes = xp.linalg.eigh(scatter)[1][:, ::-1][:, :dims].astype(points.dtype)
-    z = xp.empty((n, dims if projected else n_features), points.dtype)
+        axes = xp.linalg.eigh(scatter)[1][:, ::-1][:, :dims].astype(xp.float32)
+    z = xp.empty((n, dims if projected else n_features), xp.float32)
     for block in blocks:
         if projected:
             xp.matmul(unit(block) - mean, axes, out=z[block])

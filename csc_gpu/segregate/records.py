@@ -26,6 +26,7 @@ def of_sighting(sighting: Sighting, points: Array | None, backend: Backend) -> R
     facts = {
         "epoch": sighting.epoch,
         "min_samples": sighting.min_samples,
+        "sampled": sighting.sampled,
         "radii": [[clusters.eps, clusters.scale] for clusters in sighting.clusterings],
     }
     return Record({k: _tensor(backend.to_numpy(array)) for k, array in arrays.items()}, facts)
@@ -42,6 +43,7 @@ def to_sighting(record: Record, backend: Backend) -> Sighting:
         ),
         record.facts["min_samples"],
         arrays["stray"],
+        record.facts["sampled"],
     )
 
 

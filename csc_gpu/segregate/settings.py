@@ -9,6 +9,9 @@ from csc_gpu.config import require
 RULES = ("two-stage", "persistence", "text", "algorithm1", "per_label")
 BY_LABEL = ("per_label",)
 """Rules whose clusters are sought among the rows of each label by themselves."""
+MODES = ("auto", "all", "sample")
+ALL_PAIRS = 200_000
+"""More rows than that are not clustered together unless segregate.mode is all."""
 MOST_SCALES = 64
 """One bit each says at which scales a row was hit."""
 
@@ -19,6 +22,12 @@ class Settings:
 
     rule: str = "two-stage"
     """two-stage, persistence, text, algorithm1 or per_label."""
+    mode: str = "auto"
+    """all: DBSCAN sees all rows. sample: it sees a sample, and every other row joins its nearest
+    core row within the radius. auto: a sample where more than 200,000 rows would be clustered
+    together, else all."""
+    sample: int = 50_000
+    """Rows of the sample; an island needs min_share of them, so a smaller one finds less."""
     pca: int = 16
     """Principal components to cluster in; 0: all feature dimensions."""
     scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -26,7 +35,7 @@ class Settings:
     coarsest: float = 0.6
     """The coarsest scale that gives evidence; coarser ones only part rows from their home."""
     min_share: float = 0.002
-    """DBSCAN's min_samples as a share of all rows."""
+    """DBSCAN's min_samples as a share of the rows it sees; it must be less than a class's share."""
     min_rows: int = 8
     """DBSCAN's least min_samples, in rows."""
     purity: float = 0.95
@@ -57,8 +66,9 @@ class Settings:
     def __post_init__(self) -> None:
         caps = ("max_share", "max_label_share", "label_share", "controls")
         shares = ("min_share", "purity", "pure_homes", "coarsest", *caps)
-        counts = ("min_rows", "persistence", "votes", "k_rows", "latest", "check_epochs")
+        counts = ("min_rows", "persistence", "votes", "k_rows", "latest", "check_epochs", "sample")
         require(self, "segregate", f"one of {', '.join(RULES)}", RULES.__contains__, "rule")
+        require(self, "segregate", f"one of {', '.join(MODES)}", MODES.__contains__, "mode")
         require(self, "segregate", "in (0, 1]", lambda share: 0 < share <= 1, *shares)
         require(self, "segregate", "1 or more", lambda count: count >= 1, *counts)
         require(self, "segregate", "0 or more", lambda dims: dims >= 0, "pca")
@@ -66,6 +76,11 @@ class Settings:
         require(self, "segregate", most, _are_quantiles, "scales")
         finest = f"{min(self.scales)} or more, the finest of segregate.scales"
         require(self, "segregate", finest, lambda scale: scale >= min(self.scales), "coarsest")
+
+    def seen(self, n: int) -> int:
+        """How many of n rows that are clustered together DBSCAN sees."""
+        is_sampled = self.mode == "sample" or (self.mode == "auto" and n > ALL_PAIRS)
+        return min(n, self.sample) if is_sampled else n
 
 
 def _are_quantiles(scales: tuple[float, ...]) -> bool:
