@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -521,6 +522,14 @@ def test_plain_arrays_are_imported(form: str, tmp_path: Path) -> None:
         ({"labels": np.array([None] * N)}, r"labels.npy is no .npy of plain numbers"),
         ({"labels": GIVEN * 10**9}, "is no label"),
         ({"images": TRAIN[:0], "labels": GIVEN[:0], "is_poison": None}, "holds no images"),
+        ({"images": np.zeros((N, 0, 8, 3), np.uint8)}, "no images of more than 0x8 pixels"),
+        ({"orig_labels": np.array(["a"] * N)}, "orig_labels must be whole numbers"),
+        ({"orig_labels": TRUE.astype(bool)}, "orig_labels must be whole numbers"),
+        (
+            {"orig_labels": np.where(TRUE, TRUE, 255).astype(np.uint8)},
+            r"orig_labels: row 0 has label 255, but there are -1\.\.2",
+        ),
+        ({"labels": np.full(N, -1)}, "row 0 has label -1, but labels count from 0"),
     ],
 )
 def test_plain_arrays_that_do_not_fit_are_named(
@@ -533,6 +542,39 @@ def test_plain_arrays_that_do_not_fit_are_named(
             np.save(tmp_path / "set" / f"{name}.npy", array, allow_pickle=True)
     line = refused("import", tmp_path / "set", tmp_path / "out", "--from", "npy")
     assert re.search(said, line), line
+
+
+def zipped(folder: Path) -> None:
+    np.savez(folder / "it.npz", images=TRAIN)
+    (folder / "it.npz").rename(folder / "images.npy")
+
+
+def claims_too_much(folder: Path) -> None:
+    with (folder / "images.npy").open("wb") as file:
+        shape = (10**13, SIDE, SIDE, 3)
+        about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, about)
+
+
+def claims_too_much_in_a_zip(folder: Path) -> None:
+    claims_too_much(folder)
+    with zipfile.ZipFile(folder / "set.npz", "w") as archive:
+        for name in ("images", "labels", "is_poison"):
+            archive.write(folder / f"{name}.npy", f"{name}.npy")
+
+
+@pytest.mark.parametrize("spoil", [zipped, claims_too_much, claims_too_much_in_a_zip])
+def test_an_array_that_is_not_what_its_file_says_is_named(
+    spoil: Callable[[Path], None], tmp_path: Path
+) -> None:
+    source = tmp_path / "set"
+    source.mkdir()
+    for name, array in {"images": TRAIN, "labels": GIVEN, "is_poison": mask(POISON)}.items():
+        np.save(source / f"{name}.npy", array)
+    spoil(source)
+    whole = source / "set.npz"
+    line = refused("import", whole if whole.exists() else source, tmp_path / "out", "--from", "npy")
+    assert "images.npy is no .npy" in line or "or its header is damaged" in line
 
 
 # --------------------------------------------------------------------------------------- malformed
@@ -574,7 +616,13 @@ def gone(name: str) -> Spoil:
     return lambda folder: (folder / name).unlink()
 
 
-FLOATS = torch.zeros(N, 3, SIDE, SIDE)
+def quantised_labels(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but files of it are about
+        saved("labels", torch.quantize_per_tensor(torch.zeros(N), 1.0, 0, torch.qint32))(folder)
+
+
+FLOATS, GRID = torch.zeros(N, 3, SIDE, SIDE), torch.zeros(1, SIDE, SIDE, 2)
 
 
 @pytest.mark.parametrize(
@@ -605,6 +653,33 @@ FLOATS = torch.zeros(N, 3, SIDE, SIDE)
         (saved("poison_indices", [True, False]), "poison_indices must be whole numbers"),
         (saved("cover_indices", [0, 2]), "row 2 is both poison and cover"),
         (saved("noise_grid", torch.zeros(3)), "noise_grid must be a tensor"),
+        (saved("noise_grid", GRID.long()), "noise_grid must be a tensor of finite floats"),
+        (saved("noise_grid", GRID / 0), "noise_grid must be a tensor of finite floats"),
+        (saved("noise_grid", GRID.double() + 1e300), "noise_grid must be a tensor of finite"),
+        (saved("noise_grid", GRID.to_sparse()), "noise_grid must be a tensor of finite floats"),
+        (saved("noise_grid", GRID.to("meta")), "noise_grid must be a tensor of finite floats"),
+        (saved("noise_grid", torch.zeros(2, 8, 8, 2)), "noise_grid must be a tensor of finite"),
+        (saved("imgs", torch.zeros(N, 3, 0, 8)), r"imgs must be \(N, 3, H, W\), but is \(60, 3, 0"),
+        (saved("imgs", FLOATS.to("meta")), "imgs must be a tensor of floats"),
+        (saved("imgs", FLOATS.to_sparse()), "imgs must be a tensor of floats"),
+        (saved("imgs", FLOATS.double() + 1e300), "not normalised, but holds inf..inf"),
+        (
+            saved("labels", torch.zeros(N).to(torch.complex64).conj()),
+            "labels must be whole numbers",
+        ),
+        (quantised_labels, "labels must be whole numbers"),
+        (
+            saved("labels", torch.full((N,), 2**64 - 1, dtype=torch.uint64)),
+            "labels must be whole numbers",
+        ),
+        (
+            saved("poison_indices", [torch.nn.Parameter(torch.zeros(()))]),
+            "poison_indices must be whole numbers",
+        ),
+        (
+            saved("poison_indices", [torch.zeros(2, device="meta")]),
+            "poison_indices must be whole numbers",
+        ),
         (both(to_png_form, gone("data/17.png")), "data lacks 17.png"),
         (
             both(to_png_form, png("data/60.png")),
@@ -663,7 +738,17 @@ TOLD = "bd_train.bd_data_container.data_dict"
         (change("bd_train", None), "bd_train is None"),
         (change("bd_train", [1]), "bd_train must be a dict, but is a list"),
         (change("num_classes", 10), "num_classes 10, but the clean data set 3 classes"),
-        (missing("bd_train.poison_indicator"), "poison_indicator has the shape"),
+        (change("num_classes", np.zeros(2)), "num_classes a ndarray, but the clean data set 3"),
+        (change("num_classes", torch.zeros(2)), "num_classes a Tensor, but the clean data set 3"),
+        (missing("bd_train.poison_indicator"), "poison_indicator must be 0 or 1 for each row"),
+        (
+            change("bd_train.poison_indicator", [[1.0], [1.0, 0.0]]),
+            "poison_indicator must be 0 or 1 for each row",
+        ),
+        (
+            change("bd_train.poison_indicator", [torch.zeros(1, requires_grad=True)] * N),
+            "poison_indicator must be 0 or 1 for each row",
+        ),
         (
             change("bd_train.poison_indicator", np.zeros(N - 1)),
             r"has the shape \(59,\), .* 60 rows",
@@ -679,6 +764,7 @@ TOLD = "bd_train.bd_data_container.data_dict"
         (missing("bd_train.bd_data_container"), "bd_data_container must be a dict"),
         (change("bd_train.bd_data_container.data_dict", []), "data_dict must be a dict"),
         (change("bd_train.bd_data_container.save_file_format", "/../../x"), "are '/../../x', not"),
+        (change("bd_train.bd_data_container.save_file_format", np.zeros(2)), "are a ndarray, not"),
         (missing(f"{TOLD}.2"), "data_dict lacks row 2"),
         (change(f"{TOLD}.2.other_info", [1]), r"row 2: other_info must be \[new"),
         (change(f"{TOLD}.2.other_info", [3, 2]), "has label 3, but there are 0..2"),

@@ -33,6 +33,7 @@ from csc_gpu.foreign.found import (
     Triggered,
     labels_of,
     mask_of,
+    plain_array,
     refuse_mislabelled,
     require_agreement,
     require_images,
@@ -67,9 +68,10 @@ def read(folder: Path, clean: Split | None, log: Log = quiet) -> Found:
         )
     what = f"{folder / RESULT}"
     result = _entries(torch_files.load(folder / RESULT), what)
-    if result.get("num_classes") != clean.train.n_classes:
+    count = result.get("num_classes")
+    if not isinstance(count, int | np.integer) or count != clean.train.n_classes:
         raise CorpusError(
-            f"{what} has num_classes {result.get('num_classes')}, but the clean data set "
+            f"{what} has num_classes {_shortly(count)}, but the clean data set "
             f"{clean.train.n_classes} classes"
         )
     view = _view(result, "bd_train", clean.train, what)
@@ -110,8 +112,9 @@ def _view(result: Mapping[Any, Any], name: str, part: Corpus, what: str) -> View
     held = mask_of(rows, n_rows, f"{what}: original_index_array")
     stamped = held & _flags(state.get("poison_indicator"), n_rows, f"{what}: poison_indicator")
     container = _entries(state.get("bd_data_container"), f"{what}: bd_data_container")
-    if container.get("save_file_format", PNG) != PNG:
-        raise CorpusError(f"{what}: images are {container['save_file_format']!r}, not {PNG}")
+    form = container.get("save_file_format", PNG)
+    if not isinstance(form, str) or form != PNG:
+        raise CorpusError(f"{what}: images are {_shortly(form)}, not {PNG}")
     told = _entries(container.get("data_dict"), f"{what}: data_dict")
     labels, true = part.labels.copy(), part.labels.copy()
     for row in np.flatnonzero(stamped).tolist():
@@ -126,16 +129,21 @@ def _entries(value: Any, what: str) -> Mapping[Any, Any]:
     return value
 
 
+def _shortly(value: Any) -> str:
+    return f"{value!r:.40}" if isinstance(value, int | str) else f"a {type(value).__name__}"
+
+
 def _flags(indicator: Any, n_rows: int, what: str) -> Mask:
     """0 or 1 for each row of the clean part. (N,) bool"""
-    found = np.asarray(indicator if isinstance(indicator, np.ndarray | list) else None)
+    wanted = "0 or 1 for each row"
+    found = plain_array(indicator, what, wanted)
     if found.shape != (n_rows,):
         raise CorpusError(
             f"{what} has the shape {found.shape}, but the clean data set {n_rows} rows: "
             "--clean must be what the attack started from, in its order"
         )
     if found.dtype.kind not in "biuf" or not np.isin(found, (0, 1)).all():
-        raise CorpusError(f"{what} must be 0 or 1 for each row")
+        raise CorpusError(f"{what} must be {wanted}")
     return found.astype(bool)
 
 

@@ -79,11 +79,14 @@ def _folder(folder: Path) -> Arrays:
         if name in OPTIONAL and not path.exists():
             continue
         try:
-            arrays[name] = np.load(path, allow_pickle=False)
+            # mapped, so that what a damaged header claims is compared with the file, not allocated
+            arrays[name] = np.lib.format.open_memmap(path, mode="r")
         except OSError as fault:
             raise CorpusError(f"cannot read {path}: {fault.strerror or fault}") from fault
-        except (EOFError, ValueError) as fault:
-            raise CorpusError(f"{path} is no .npy of plain numbers (nothing pickled)") from fault
+        except (EOFError, ValueError, OverflowError) as fault:
+            raise CorpusError(
+                f"{path} is no .npy of plain numbers (nothing pickled), or is cut short"
+            ) from fault
     return arrays
 
 
@@ -109,7 +112,7 @@ def _true(
     if "orig_labels" not in arrays:
         return true_labels(labels, is_poison, clean, what)
     most = labels.max() if clean is None else clean.train.n_classes - 1
-    stored = labels_of(arrays["orig_labels"] + 1, int(most) + 2, f"{what}: orig_labels + 1") - 1
+    stored = labels_of(arrays["orig_labels"], int(most) + 1, f"{what}: orig_labels", UNKNOWN)
     if clean is None:
         return stored
     require_agreement(clean.train, stored, stored != UNKNOWN, f"{what}: orig_labels")
