@@ -335,6 +335,25 @@ def test_wanet_test_images_bend_along_the_stored_grids(tmp_path: Path) -> None:
     assert key.recipe["source"]["grids"]["noise_grid"]["shape"] == [1, SIDE, SIDE, 2]
 
 
+@pytest.mark.parametrize("missing", ["identity_grid", "noise_grid"])
+def test_one_grid_without_the_other_is_refused(missing: str, tmp_path: Path) -> None:
+    source = write_toolbox(tmp_path / "set")
+    write_grids(source)
+    (source / missing).unlink()
+    line = refused("import", source, tmp_path / "out", "--from", "backdoor-toolbox")
+    assert f"lacks {missing}" in line
+
+
+def test_the_fixed_trojan_stamps_an_imported_sets_test_images(tmp_path: Path) -> None:
+    source, clean = write_toolbox(tmp_path / "set"), write_clean(tmp_path / "clean")
+    done("import", source, tmp_path / "out", "--from", "backdoor-toolbox", "--clean", clean,
+         "--attack", "trojan", "--option", "fixed=true")  # fmt: skip
+    key = load_key(tmp_path / "out" / "key.npz")
+    assert (
+        (key.triggered != TEST).any(axis=(0, 3)) == mask([5, 6], 8)[:, None] & mask([5, 6], 8)
+    ).all()
+
+
 def test_a_named_attack_stamps_the_clean_test_images(tmp_path: Path) -> None:
     source, clean = write_toolbox(tmp_path / "set"), write_clean(tmp_path / "clean")
     told = done("import", source, tmp_path / "out", "--from", "backdoor-toolbox", "--clean", clean,
@@ -972,11 +991,89 @@ def test_what_is_exported_comes_back(layout: str, attack: str, target: str, tmp_
     for name in ("is_poison", "is_cover", "orig_labels", "given_labels"):
         assert getattr(back, name).tolist() == getattr(key, name)[rows].tolist(), name
     assert (back.test == key.test).all() and back.test_labels.tolist() == key.test_labels.tolist()
+    assert back.recipe["sha256"] == {}
+    if layout == "npy":  # which has all
+        assert back.attack_labels.tolist() == key.attack_labels.tolist()
+        assert (back.triggered == key.triggered).all()
     if layout == "backdoorbench":  # which leaves images of the target itself out
         wanted = np.where(key.attack_labels == key.test_labels, -1, key.attack_labels)
         assert back.attack_labels.tolist() == wanted.tolist()
         assert (back.triggered == key.triggered[wanted[key.attack_labels >= 0] >= 0]).all()
     assert read(tmp_path / "back").train.classes == CLASSES
+
+
+def test_plain_arrays_with_their_test_images_need_no_clean_set(tmp_path: Path) -> None:
+    _, key = ours(tmp_path / "ours", "wanet")
+    done("export-corpus", tmp_path / "ours", tmp_path / "theirs", "--to", "npy")
+    told = done("import", tmp_path / "theirs", tmp_path / "back", "--from", "npy")
+    back = load_key(tmp_path / "back" / "key.npz")
+    assert "no test images" not in told and "no triggered" not in told
+    for name in ("test", "test_labels", "triggered", "attack_labels"):
+        assert (getattr(back, name) == getattr(key, name)).all(), name
+    line = refused("import", tmp_path / "theirs", tmp_path / "no", "--from", "npy", "--clean",
+                   tmp_path / "theirs" / "clean", "--attack", "wanet")  # fmt: skip
+    assert "leave --attack out" in line
+    for name in ("triggered", "attack_labels"):
+        (tmp_path / "theirs" / f"{name}.npy").unlink()
+    told = done("import", tmp_path / "theirs", tmp_path / "without", "--from", "npy")
+    assert "no triggered test images" in told
+
+
+HELD_OUT = {
+    "test": TEST,
+    "test_labels": TEST_TRUE,
+    "triggered": TEST[:2],
+    "attack_labels": np.where(np.arange(M) < 2, TARGET, -1),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"test": None}, "has test or test_labels, but no test$"),
+        ({"test_labels": None}, "has test or test_labels, but no test_labels$"),
+        ({"attack_labels": None}, "has triggered or attack_labels, but no attack_labels$"),
+        ({"triggered": None}, "has triggered or attack_labels, but no triggered$"),
+        ({"test": None, "test_labels": None}, "has triggered or attack_labels, but no test$"),
+        ({"test": TEST / 255}, r"test must be \(N, H, W, 3\) uint8"),
+        ({"triggered": TEST[:2, 1:]}, "triggered has the shape"),
+        ({"triggered": TEST[:3]}, "triggered holds 3 images, attack_labels of 0 or more 2"),
+        ({"test_labels": TEST_TRUE[1:]}, "test holds 30 images, test_labels 29"),
+        ({"attack_labels": np.full(M, -2)}, r"attack_labels: row 0 has label -2, but there are -1"),
+        ({"test_labels": (TEST_TRUE + 1) % 3}, "test_labels: row 0 has the true label 1 and 0 in"),
+    ],
+)
+def test_held_out_arrays_that_do_not_fit_are_named(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    arrays = {"images": TRAIN, "labels": GIVEN, "is_poison": mask(POISON)} | HELD_OUT | changes
+    clean = write_clean(tmp_path / "clean")
+    np.savez(tmp_path / "set.npz", **{name: a for name, a in arrays.items() if a is not None})
+    line = refused("import", tmp_path / "set.npz", tmp_path / "out", "--from", "npy",
+                   "--clean", clean)  # fmt: skip
+    assert re.search(said, line), line
+
+
+def test_what_another_tool_cannot_do_with_an_export_is_said(tmp_path: Path) -> None:
+    ours(tmp_path / "ours", "badnets")
+    said = {"backdoor-toolbox": "no place for triggered test images",
+            "backdoorbench": "load_attack_result cannot read it"}  # fmt: skip
+    for layout in FORMATS:
+        told = done("export-corpus", tmp_path / "ours", tmp_path / layout, "--to", layout)
+        for name, line in said.items():
+            assert (line in told) == (name == layout)
+    result = torch_files.load(tmp_path / "backdoorbench" / "attack_result.pt")
+    assert " " in result["clean_data"]  # no name of theirs, so no set of theirs is built
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_record_over_another_clean_set_is_warned_of(part: str, tmp_path: Path) -> None:
+    source, clean = write_bench(tmp_path / "run"), write_clean(tmp_path / "clean")
+    words = (source, tmp_path / "out", "--from", "backdoorbench", "--clean", clean)
+    assert "warning" not in done("import", *words)
+    for number, file in enumerate(sorted((clean / part).rglob("*.png"))):
+        Image.fromarray(pixels(100 + number, 1)[0]).save(file)
+    assert "warning: the stored images are hardly nearer" in done("import", *words, "--force")
 
 
 def test_an_exported_set_of_backdoor_toolbox_is_laid_out_as_theirs(tmp_path: Path) -> None:
@@ -1101,6 +1198,15 @@ def test_what_cannot_be_imported_as_asked_ends_in_one_line(tmp_path: Path) -> No
         "no test part of its own": (bench, out, "--from", "backdoorbench", "--clean", flat),
         "learns its trigger": (toolbox, out, "--from", "backdoor-toolbox", "--clean", clean,
                                "--attack", "input-aware"),
+        "give --target, --option source=": (
+            toolbox, out, "--from", "backdoor-toolbox", "--clean", clean, "--attack", "tact",
+            "--option", "cover_classes=2"),
+        "each class into the next; the set's poison does not: its labels are dog": (
+            toolbox, out, "--from", "backdoor-toolbox", "--clean", clean,
+            "--attack", "badnets-a2a"),
+        "name it with --attack": (toolbox, out, "--from", "backdoor-toolbox",
+                                  "--option", "alpha=0.3"),
+        "are an attack's": (toolbox, out, "--from", "backdoor-toolbox", "--trigger", "x.png"),
         "no folder, .npz or .csv": (toolbox, out, "--from", "backdoor-toolbox", "--clean", "nil"),
     }  # fmt: skip
     for said, words in asked.items():

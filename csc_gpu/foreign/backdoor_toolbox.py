@@ -151,11 +151,11 @@ def _rows(path: Path, n_rows: int) -> NDArray[np.bool_]:
 
 def _stored_grids(folder: Path) -> dict[str, Floats]:
     """WaNet's grids; {} for other attacks."""
-    present = [name for name in GRIDS if (folder / name).exists()]
-    missing = set(GRIDS) - set(present)
-    if present and missing:
-        raise CorpusError(f"{folder} has {present[0]}, but lacks {missing.pop()}: WaNet has both")
-    return {name: _grid(folder / name) for name in present}
+    grids = {name: _grid(folder / name) for name in GRIDS if (folder / name).exists()}
+    if len(grids) == 1:
+        (missing,) = set(GRIDS) - set(grids)
+        raise CorpusError(f"{folder} lacks {missing}: WaNet's trigger is made of two grids")
+    return grids
 
 
 def _grid(path: Path) -> Floats:

@@ -40,6 +40,7 @@ class Found:
     orig_labels: Labels  # (N,) before relabelling; -1: not known
     classes: tuple[str, ...]  # C names
     clean: Split | None  # what the attack started from, row by row, if it was given
+    test: Corpus | None = None  # held-out images that the set itself stores; None: the clean set's
     triggered: Triggered | None = None  # None: the set stores none
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
     """Attack name -> its stamp with what the set stores of its trigger."""
