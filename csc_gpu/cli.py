@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from csc_gpu.errors import CscError, Interrupted, Terminated
+from csc_gpu.errors import ConfigError, CscError, Interrupted, Terminated
 
 
 class Failure(click.ClickException):
@@ -174,7 +174,7 @@ force = click.option("--force", is_flag=True, help="Replace an earlier result.")
 @click.option(
     "--preview",
     type=click.Path(path_type=Path),
-    help="Draw samples: clean, poison, the difference, triggered.",
+    help="Draw samples as a .png: clean, poison, the difference, triggered, covers.",
 )
 @click.option("--size", default=0, type=COUNT, help="Image side in pixels; 0 keeps the usual one.")
 @click.option(
@@ -248,12 +248,15 @@ def import_(
     """Read another tool's poisoned set, SOURCE, and write it to OUT as csc-gpu poison would.
 
     SOURCE is a poisoned_train_set directory of backdoor-toolbox (or Fight-Poison-With-Poison), a
-    record directory of BackdoorBench, or a folder or .npz with images, labels and is_poison. No
-    code in it is run. --clean is a corpus as for csc-gpu train; it gives the original labels and
+    record directory of BackdoorBench, or a folder or .npz with images, labels, is_poison and, if
+    it has them, test images as they are and triggered (export-corpus --to npy writes one). No code
+    in it is run. --clean is a corpus as for csc-gpu train; it gives the original labels and
     the test images, and BackdoorBench, which stores stamped images alone, cannot do without it.
     """
     from csc_gpu import attacks, pipeline
 
+    if attack == "none" and (trigger or mask or options):
+        raise ConfigError("--trigger, --mask and --option are an attack's; name it with --attack")
     any_rate = 0.5  # the set has its own, and its target
     plan = attacks.Plan(attack=attack, target="0", rate=any_rate, seed=seed)
     settings = attacks.settings_of(attack, options, trigger, mask)
@@ -272,6 +275,10 @@ def export_corpus(**what: Any) -> None:
 
     OUT/clean is the data set to lay it over, in its order and with the true labels, and the --clean
     of an import; the clean image of a stamped row is not known any more, so that row is black.
+
+    npy holds all there is. backdoor-toolbox has no place for triggered test images. BackdoorBench's
+    load_attack_result cannot read an export, for it builds the clean set by name: lay its data
+    class prepro_cls_DatasetBD_v2, with set_state, over OUT/clean.
     """
     from csc_gpu import pipeline
 

@@ -111,6 +111,18 @@ def parse_change(text: str) -> tuple[str, Any]:
         return name.strip(), value.strip()
 
 
+def typed(value: Any) -> str:
+    """A value as it is typed after NAME=, so that parse_change gives it back: TOML, bare words."""
+    if isinstance(value, tuple):
+        items = (json.dumps(item) if isinstance(item, str) else typed(item) for item in value)
+        return f"[{','.join(items)}]"
+    if isinstance(value, str):
+        return value if value and parse_change(f"={value}") == ("", value) else json.dumps(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
 def require(
     settings: Any, section: str, said: str, holds: Callable[[Any], bool], *names: str
 ) -> None:
@@ -171,6 +183,8 @@ def _convert(value: Any, kind: Any, path: str) -> Any:
         return tuple(_convert(item, inner, path) for item in items)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is str and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # a class called 1, whose name TOML reads as a number
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{path} must be {_said(kind)}, got {value!r}")
     return value

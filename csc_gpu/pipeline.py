@@ -23,7 +23,7 @@ from csc_gpu.board import Board
 from csc_gpu.checkpoint import Folder, Following, Record
 from csc_gpu.config import flattened, override, to_toml
 from csc_gpu.defenses import DEFENSES
-from csc_gpu.errors import ConfigError, CorpusError
+from csc_gpu.errors import ConfigError, CorpusError, OutputError
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
 from csc_gpu.train import budget
@@ -36,6 +36,9 @@ NO_POISON = "no poison found"
 NOT_LOOKED = "poison was not looked for"
 AS_FLOATS = 5
 """Most bytes that an export writes for one of ours: a float, and once more as PNG."""
+SAME_ROWS = 0.75
+"""Of stamped images fewer nearer to their clean image than to another: it is not theirs. (By chance
+half are.)"""
 EFFECTIVE = 0.5
 """Below this attack success without a defense, none can claim to have suppressed it."""
 
@@ -61,14 +64,16 @@ def poison(
     """
     run.check_free(out, run.POISONED, force=force)
     run.check_apart(source, out)
-    backend = machine() if attacks.ATTACKS[plan.attack].learn else None
+    if preview is not None and (preview.suffix.lower() != ".png" or preview.is_dir()):
+        raise OutputError(f"--preview draws a PNG: {preview} must be a file that ends in .png")
+    backend = machine() if attacks.ATTACKS[plan.attack].learns(settings) else None
     with Console() as log:
         split = sources.load(source, data.Settings(size=size), skip_broken=skip_broken, log=log)
         trigger = attacks.ready(split, plan, settings, backend, log)
+        poisoned, key = attacks.poison(split, trigger)
         if preview is not None:
             with run.writing(preview):
                 Image.fromarray(attacks.preview(split.train, trigger)).save(preview)
-        poisoned, key = attacks.poison(split, trigger)
         with run.fresh_directory(out, run.POISONED, force=force) as folder:
             answers.save_poisoned(folder, poisoned, key, log)
     counts = key.recipe["counts"]
@@ -129,6 +134,11 @@ def imported(key: AnswerKey) -> str:
             "warning: stamped so, clean rows are no nearer to the set's poison "
             f"({off['stamped']:.1f} grey levels off, {off['clean']:.1f} without): another trigger?"
         )
+    if min(source.get("own_row_nearer", {}).values(), default=1.0) < SAME_ROWS:
+        lines.append(
+            "warning: the stored images are hardly nearer to the images of --clean that they "
+            "replace than to others: another order, or other pixels?"
+        )
     if not len(key.test):
         lines.append("no test images (--clean): score will tell detection alone")
     elif not len(key.triggered):
@@ -151,9 +161,8 @@ def export_corpus(source: Path, out: Path, layout: str, *, force: bool) -> str:
             run.check_room(folder, AS_FLOATS * (split.train.images.nbytes + key.test.nbytes))
             written_as.write(folder, split, key, out.resolve())
             foreign.write_base(folder / foreign.BASE, split, key)
-    return (
-        f"{layout}: {out}\nclean data set in its order (stamped rows black): {out / foreign.BASE}"
-    )
+    base = f"clean data set in its order (stamped rows black): {out / foreign.BASE}"
+    return "\n".join(filter(None, (f"{layout}: {out}", base, written_as.lacks)))
 
 
 # --- train --------------------------------------------------------------------------------------

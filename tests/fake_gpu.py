@@ -366,6 +366,7 @@ class FakeDriver(FakeGraphs):
     """A gpu.Driver on the CPU, with as much memory and as many faults as it is told."""
 
     device = torch.device("cpu")
+    card = "a fake"
 
     def __init__(self, free: int = 10**9, faults: tuple[Exception, ...] = ()) -> None:
         super().__init__()

@@ -248,11 +248,26 @@ def test_whatever_a_trigger_depends_on_makes_another(
     gpu = CpuBackend(1, Settings())
     monkeypatch.setattr(gpu, "name", "gpu", raising=False)
     learns(backend=gpu)
+    threaded = CpuBackend(1, Settings())
+    monkeypatch.setattr(threaded, "threads", 2)
+    learns(backend=threaded)
+    monkeypatch.setattr(CpuBackend, "machine", "another, 1 threads")
+    learns()
     monkeypatch.setattr(learnt, "FORMAT", learnt.FORMAT + 1)
     learns()
-    assert count() == 9
+    assert count() == 11
     learns()
-    assert count() == 9
+    assert count() == 11
+
+
+def test_the_recipe_tells_learnt_triggers_apart():
+    split, found = world(n=60), []
+    for seed in (0, 0, 1):
+        settings = settings_of("trojan", SMALL["trojan"])
+        _, key = poison(split, ready(split, plan("trojan", seed=seed), settings, CPU))
+        found.append(key.recipe["sha256"])
+    assert found[0] == found[1] != found[2]
+    assert all(set(told) == {"learnt"} and len(told["learnt"]) == 64 for told in found)
 
 
 def test_the_held_out_part_and_the_rate_make_no_other_trigger(count: Callable[[], int]):
@@ -383,7 +398,7 @@ def test_the_fixed_trojan_is_a_coloured_square_and_trains_nothing(
 ):
     monkeypatch.setattr(learnt, "surrogate", None)
     split = world(32, 32, n=60)
-    trigger = ready(split, plan("trojan"), trojan.Settings(fixed=True), CPU)
+    trigger = ready(split, plan("trojan"), trojan.Settings(fixed=True))
     images = split.test.images
     stamped = trigger.poison(images, np.full(len(images), TARGET))
     place = np.zeros((32, 32), bool)
@@ -400,11 +415,20 @@ def test_the_fixed_trojan_takes_a_picture(tmp_path: Path):
     Image.fromarray(picture).save(tmp_path / "mark.png")
     settings = settings_of("trojan", ("fixed=true",), picture=str(tmp_path / "mark.png"))
     images = world().test.images
-    trigger = ready(world(), plan("trojan"), settings, CPU)
+    trigger = ready(world(), plan("trojan"), settings)
     stamped = trigger.poison(images, np.full(len(images), TARGET))
     place = picture.any(axis=2)
     assert (stamped[:, place] == (9, 90, 200)).all()
     assert (stamped[:, ~place] == images[:, ~place]).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 16), (16, 64), (8, 5)])
+def test_the_trojan_square_is_sized_by_the_shorter_side(height: int, width: int):
+    where = trojan.covered(height, width, trojan.Settings())[..., 0].astype(bool)
+    side, margin = (4, 2) if min(height, width) == 16 else (1, 0)
+    rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
+    assert rows.tolist() == list(range(height - margin - side, height - margin))
+    assert columns.tolist() == list(range(width - margin - side, width - margin))
 
 
 def test_a_trojan_pattern_is_for_images_of_one_size():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from csc_gpu.attacks import (
     adap_k_way,
     adap_patch,
     baat,
+    badnets,
     blend,
     bpp,
     ctrl,
@@ -25,6 +28,7 @@ from csc_gpu.attacks import (
     poison,
     ready,
     settings_of,
+    sig,
     tact,
     wanet,
 )
@@ -84,6 +88,43 @@ def test_stamps_keep_shape_and_type_and_leave_what_they_were_given(name: str, si
 @pytest.mark.parametrize("name", STAMPS)
 def test_every_setting_says_what_it_means(name: str):
     explained(ATTACKS[name].settings())
+
+
+TROJAN_NET = {"fixed": False, "neurons": 2, "aim": 100.0}
+PGD = {"eps": 8.0, "step": 1.5, "amplitude": 255.0, "cell": 1}
+INPUT_AWARE = {"density": 0.032, "thrift": 100.0, "diversity": 1.0}
+RECIPES: dict[str, dict[str, Any]] = {
+    "badnets": {"cell": 1, "corner": "bottom-right"},
+    "badnets-a2a": {"cell": 1, "corner": "bottom-right"},
+    "blend": {"alpha": 0.2},
+    "sig": {"delta": 40.0, "frequency": 6.0},
+    "trojan": TROJAN_NET,
+    "label-consistent": PGD,
+    "input-aware": {**INPUT_AWARE, "cover": 1.0},
+    "dynamic": INPUT_AWARE,
+    "sample-specific": {"bits": 20},
+    "tact": {"source": "1", "cover_classes": ("5", "7"), "cover": 1.0},
+    "adap-blend": {"alpha": 0.15, "test_alpha": 0.2, "pieces": 16, "masked": 0.5, "cover": 1.0},
+    "adap-patch": {"opacities": (0.5, 0.2, 0.5, 0.3), "at_test": (4, 2), "cover": 2.0},
+    "adap-k-way": {"cover": 1.0},
+    "wanet": {"k": 4, "s": 0.5, "grid_rescale": 1.0, "cover": 2.0},
+    "filter": {},  # ours: no recipe is public
+    "baat": {},
+    "ftrojan": {"magnitude": 30.0},
+    "ctrl": {"magnitude": 100.0},
+    "low-frequency": {"amplitude": 25.5},  # BackdoorBench's arrays span 51
+    "bpp": {"levels": 8, "cover": 1.0},
+    "none": {},
+}
+"""The defaults that attacks.md gives; the others are ours."""
+
+
+def test_the_defaults_are_those_of_the_recipes():
+    assert RECIPES.keys() == ATTACKS.keys()
+    for name, recipe in RECIPES.items():
+        usual = asdict(ATTACKS[name].settings())
+        assert {setting: usual[setting] for setting in recipe} == recipe, name
+        assert all(not usual.get(file) for file in ("picture", "mask", "pictures", "masks")), name
 
 
 def clean() -> Split:
@@ -235,6 +276,49 @@ def test_tact_stamps_a_picture_where_it_is_not_black(tmp_path):
 def test_tacts_source_cannot_be_its_cover():
     with pytest.raises(ConfigError, match=r"attack\.cover_classes"):
         tact.Settings(source="5")
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "covers", "told"),
+    [
+        ("5", "1", ("5", "7"), "'class5' is a cover class and a target"),
+        ("class5", "1", ("5", "7"), "'class5' is a cover class and a target"),
+        ("1", "class1", ("5",), "'class1' is a source and a target"),
+        ("0", "1", ("class1", "7"), "'class1' is a source and a cover class"),
+    ],
+)
+def test_tacts_three_roles_are_of_different_classes(
+    target: str, source: str, covers: Any, told: str
+):
+    settings = tact.Settings(source=source, cover_classes=covers)
+    with pytest.raises(ConfigError, match=rf"^tact: class {told}"):
+        ready(clean(), Plan(attack="tact", target=target, rate=0.04), settings)
+
+
+# ---------------------------------------------------------------------------------------------- sig
+
+
+def test_sigs_wave_is_40_grey_levels_high_and_has_six_periods_across():
+    stamped = sig.stamp(flat(128, 2, (20, 32)), sig.Settings(), rng())
+    wanted = [round(128 + 40 * math.sin(2 * math.pi * column * 6 / 32)) for column in range(32)]
+    assert wanted[:4] == [128, 165, 156, 113]
+    assert (stamped == np.array(wanted)[None, None, :, None]).all()
+    bright = sig.stamp(flat(250, 1, (4, 32)), sig.Settings(), rng())[0, 0, :, 0]
+    assert bright[1] == 255 and bright[3] == 250 - 15
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"), [("sig", (16, 12), ()), ("sig", (16, 32), ("frequency=32",))]
+)
+def test_a_stamp_that_changes_nothing_is_refused(name: str, size: Any, options: Any):
+    labels = np.arange(40) % len(CLASSES)
+    part = Corpus(labels, CLASSES, np.arange(40), ("",) * 40, noise(40, *size))
+    trigger = ready(
+        Split(part, part), Plan(attack=name, target="0", rate=0.04), settings_of(name, options)
+    )
+    told = f"{name} with these settings changes nothing on these images of {size[0]}x{size[1]}"
+    with pytest.raises(ConfigError, match=told):
+        poison(Split(part, part), trigger)
 
 
 # --------------------------------------------------------------------------------------- adap-blend
@@ -545,6 +629,10 @@ def test_a_low_frequency_picture_is_added_at_the_amplitude_where_it_is_white(tmp
         (np.zeros((8, 8)), r"float64 \(8, 8\)"),
         (np.zeros((2, 8, 8, 3)), r"\(2, 8, 8, 3\)"),
         (np.zeros((8, 8, 3), bool), "bool"),
+        (np.zeros((8, 8, 3)), "nothing but zeros"),
+        (np.zeros((0, 8, 3)), "no pixels"),
+        (np.full((8, 8, 3), np.nan), "not finite"),
+        (np.full((8, 8, 3), 1e300), "not finite"),
         (np.array([{}] * 3), "Object arrays cannot be loaded"),  # unpickling would run its code
     ],
 )
@@ -554,6 +642,23 @@ def test_an_array_that_is_no_pattern_is_refused(tmp_path, array: Any, told: str)
         low_frequency.trigger(8, 8, low_frequency.Settings(picture=str(tmp_path / "p.npy")))
     with pytest.raises(ConfigError, match=r"attack\.picture"):
         low_frequency.trigger(8, 8, low_frequency.Settings(picture=str(tmp_path / "none.npy")))
+
+
+def test_a_file_that_is_no_array_is_refused(tmp_path):
+    np.savez(tmp_path / "zip.npz", a=np.ones((8, 8, 3)))
+    (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name in ("zip.npy", "empty.npy"):
+        with pytest.raises(ConfigError, match=rf"attack\.picture: .*{name}: "):
+            low_frequency.trigger(8, 8, low_frequency.Settings(picture=str(tmp_path / name)))
+
+
+def test_a_picture_of_16_bits_is_refused_before_it_turns_white(tmp_path):
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(tmp_path / "deep.png")
+    for stamp in (blend.stamp, badnets.stamp):
+        settings = {blend.stamp: blend.Settings, badnets.stamp: badnets.Settings}[stamp]
+        with pytest.raises(ConfigError, match=r"attack\.picture: .*more than 8 bits"):
+            stamp(flat(9), settings(picture=str(tmp_path / "deep.png")), rng())
 
 
 # ---------------------------------------------------------------------------------------------- bpp

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from csc_gpu.attacks import ATTACKS, Plan, badnets, blend, poison, ready, target_classes
+from csc_gpu.attacks import (
+    ATTACKS,
+    Plan,
+    adap_patch,
+    badnets,
+    blend,
+    poison,
+    preview,
+    ready,
+    target_classes,
+)
 from csc_gpu.errors import ConfigError
 from csc_gpu.types import AnswerKey, Corpus, Split
 
@@ -57,6 +68,35 @@ def test_one_target_gets_the_stamped_rows_and_no_other_row_changes():
     assert (relabelled(key) == key.is_poison).all()
     assert (bears(split.train.images, badnets.Settings()) == key.is_poison).all()
     assert (key.given_labels == split.train.labels).all()
+
+
+def test_the_preview_shows_clean_poison_difference_triggered_and_cover_below_each_other():
+    split = clean()
+    trigger = ready(split, Plan(attack="adap-blend", target="emu", rate=0.1))
+    times, count = 6, 8  # 12 pixels are drawn 64 high or more; eight samples
+    drawn = preview(split.train, trigger)
+    side = 12 * times + 2
+    assert drawn.shape == (5 * side, count * side, 3)
+    cells = drawn.reshape(5, side, count, side, 3).transpose(0, 2, 1, 3, 4)
+    assert (cells[:, :, -2:] == 255).all() and (cells[:, :, :, -2:] == 255).all()  # the gaps
+    lines = cells[:, :, : side - 2 : times, : side - 2 : times]
+    known = {image.tobytes(): label for image, label in zip(
+        split.train.images, split.train.labels, strict=True)}  # fmt: skip
+    assert all(known[image.tobytes()] != 2 for image in lines[0])  # from the pool
+    wanted = np.full(count, 2)
+    assert (lines[1] == trigger.poison(lines[0], wanted)).all()
+    difference = lines[1].astype(float) - lines[0]
+    stretched = 127.5 + 127.5 * difference / np.abs(difference).max()
+    assert np.abs(lines[2] - stretched).max() <= 0.51
+    assert (lines[3] == trigger.test(lines[0], wanted)).all()
+    assert (lines[4] == trigger.cover(lines[0])).all()
+    assert (lines[1] != lines[3]).any() and (lines[1] != lines[4]).any()
+
+
+def test_the_preview_has_a_line_for_covers_only_where_there_are_some():
+    split = clean(n=5)
+    drawn = preview(split.train, ready(split, Plan(attack="badnets", target="emu", rate=0.4)))
+    assert drawn.shape == (4 * 74, 4 * 74, 3)  # four rows are of other classes
 
 
 @pytest.mark.parametrize("corner", badnets.CORNERS)
@@ -177,7 +217,13 @@ def test_the_source_is_left_as_it_was():
         ({"target": "cat,"}, "'' is no class"),
         ({"target": "cat,dog", "attack": "sig", "rate_of_target": 0.5}, "has one target"),
         ({"target": "all", "attack": "sig", "rate_of_target": 0.5}, "has one target"),
-        ({"target": "cat,dog,emu,fox,gnu"}, "only 0 are outside"),
+        ({"target": "cat,dog,emu,fox,gnu"}, "only 0 are outside the target class$"),
+        ({"target": "cat", "rate": 0.95}, "only 160 are outside the target class$"),
+        (
+            {"target": "cat", "attack": "sig", "rate": 0.5},
+            "only 40 are in the target class; --rate",
+        ),
+        ({"target": "dog", "attack": "badnets-a2a"}, "each class into the next; leave --target"),
         ({"target": "cat", "label_noise": 1.0}, "--label-noise"),
         ({"target": "cat", "label_noise": -0.1}, "--label-noise"),
     ],
@@ -202,6 +248,20 @@ def test_a_picture_serves_one_target_alone(tmp_path):
     assert made("cat", "blend", settings)[1].is_poison.any()
     with pytest.raises(ConfigError, match="one picture"):
         made("cat,dog", "blend", settings)
+
+
+def test_the_recipe_names_trigger_files_by_what_they_hold(tmp_path):
+    Image.new("RGB", (4, 4), (200, 10, 10)).save(tmp_path / "red.png")
+    digest = hashlib.sha256((tmp_path / "red.png").read_bytes()).hexdigest()
+    path = str(tmp_path / "red.png")
+    _, key = made("cat", "badnets", badnets.Settings(picture=path, mask=path))
+    assert key.recipe["sha256"] == {"picture": digest, "mask": digest}
+    settings = adap_patch.Settings(
+        pictures=(path, path), masks=("", path), opacities=(0.5,), at_test=(1,)
+    )
+    _, key = made("cat", "adap-patch", settings)
+    assert key.recipe["sha256"] == {"pictures": [digest] * 2, "masks": ["", digest]}
+    assert made("cat")[1].recipe["sha256"] == {}
 
 
 def test_a_corner_that_is_none_is_refused_by_name():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import load_file
 
-from csc_gpu.attacks import ATTACKS
+from csc_gpu.attacks import ATTACKS, settings_of
 from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.cli import cli
 from csc_gpu.run import COLUMNS
@@ -362,7 +363,10 @@ def test_nan_in_features_is_refused(tmp_path):
         (("--attack", "badnets", "--rate", 0.1, "--option", "cel=2"), ("cel", "cell")),
         (("--attack", "badnets", "--rate", 0.1, "--trigger", "x.png"), ("x.png", "picture")),
         (("--attack", "badnets", "--rate", 0.1, "--mask", "x.png"), ("mask", "--trigger")),
-        (("--attack", "sig", "--rate", 0.1, "--trigger", "x.png"), ("sig", "picture")),
+        (("--attack", "sig", "--rate", 0.1, "--trigger", "x.png"), ("sig takes no trigger pict",)),
+        (("--attack", "blend", "--rate", 0.1, "--mask", "x.png"), ("blend takes no trigger mask",)),
+        (("--attack", "adap-patch", "--rate", 0.1, "--trigger", "x.png"), ("--option pictures=",)),
+        (("--attack", "tact", "--rate", 0.01, "--target", "5"), ("'5' is a cover class and a t",)),
         (("--attack", "badnet", "--rate", 0.1), ("badnet", "did you mean 'badnets'")),
     ],
 )
@@ -553,6 +557,46 @@ def test_settings_are_toml_that_config_takes(tmp_path):
     (tmp_path / "all.toml").write_text(call("settings").output)
     done = train_on("digits", tmp_path, "--config", tmp_path / "all.toml", *QUICK)
     assert done.exit_code == 0, done.output
+
+
+def test_a_preview_is_drawn_of_what_was_poisoned_and_refused_early_where_it_cannot(tmp_path):
+    words = ("poison", "digits", tmp_path / "p", "--attack", "badnets", "--rate", 0.1)
+    (tmp_path / "folder.png").mkdir()
+    for place in ("sheet.xyz", "sheet", "folder.png"):
+        assert_refused(call(*words, "--preview", tmp_path / place), "--preview", place, ".png")
+    assert_refused(call(*words, "--preview", tmp_path / "no" / "sheet.png"), "cannot write")
+    refused = (*words[:-1], 0.95, "--preview", tmp_path / "sheet.png")
+    assert_refused(call(*refused), "only")
+    assert not (tmp_path / "sheet.png").exists() and not (tmp_path / "p").exists()
+    done = call(*words, "--preview", tmp_path / "sheet.png")
+    assert f"preview: {tmp_path / 'sheet.png'}" in done.output
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (8 * 66, 4 * 66)
+
+
+def test_the_fixed_trojan_asks_for_no_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("csc_gpu.backend.open_backend", None)
+    words = ("poison", "digits", tmp_path / "p", "--attack", "trojan", "--rate", 0.1)
+    done = call(*words, "--option", "fixed=true")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize("quoted", [True, False])
+def test_every_default_that_attacks_lists_can_be_typed_back(quoted):
+    for line in call("attacks").output.splitlines():
+        name, usual = line.split()[0], ATTACKS[line.split()[0]].settings()
+        listed = line.partition("); ")[2].split()
+        if not quoted:  # as a shell hands it on
+            listed = [word.replace('"', "") for word in listed]
+        assert len(listed) == len(fields(usual))
+        for option in listed:
+            assert settings_of(name, [option]) == usual, option
+        assert settings_of(name, listed) == usual
+
+
+def test_a_class_called_by_a_number_is_typed_as_one():
+    settings = settings_of("tact", ["source=3", "cover_classes=[5,7]"])
+    assert (settings.source, settings.cover_classes) == ("3", ("5", "7"))
 
 
 def test_attacks_and_defenses_are_listed_name_first():

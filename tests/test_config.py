@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from csc_gpu import csc
-from csc_gpu.config import explained, names, override, parse_change, read_toml, to_toml
+from csc_gpu.config import (
+    explained,
+    names,
+    override,
+    parse_change,
+    read_toml,
+    to_toml,
+    typed,
+)
 from csc_gpu.errors import ConfigError
 
 
@@ -103,7 +111,8 @@ def test_an_unknown_name_is_told_before_a_wrong_value():
         ("oven.heat", [1.0], "a number"),
         ("oven.fan", 1, "true or false"),
         ("oven.fan", "true", "true or false"),
-        ("name", 7, "a word"),
+        ("name", 7.5, "a word"),
+        ("name", True, "a word"),
         ("limit", "none", "a number"),
         ("oven.shelves", [1.0, "two"], "a number"),
         ("oven.shelves", True, "a number"),
@@ -119,6 +128,33 @@ def test_a_whole_number_serves_where_a_number_is_wanted():
     assert heat == 200.0
     assert isinstance(heat, float)
     assert isinstance(override(KITCHEN, {"limit": 2}).limit, float)
+
+
+def test_a_whole_number_serves_where_a_word_is_wanted():
+    assert override(KITCHEN, {"name": 7}).name == "7"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (True, "true"),
+        (255.0, "255"),
+        (0.002, "0.002"),
+        (3, "3"),
+        ("top-left", "top-left"),
+        ("", '""'),
+        ("7", '"7"'),
+        ("true", '"true"'),
+        (" a", '" a"'),
+        ((0.5, 2.0), "[0.5,2]"),
+        (("5", "cat"), '["5","cat"]'),
+        ((), "[]"),
+    ],
+)
+def test_a_value_is_typed_as_toml_or_as_a_bare_word_and_comes_back(value: Any, text: str):
+    assert typed(value) == text
+    back = parse_change(f"name={text}")[1]
+    assert (tuple(back) if isinstance(value, tuple) else back) == value
 
 
 @pytest.mark.parametrize("value", [[3, 4.5], (3, 4.5)])

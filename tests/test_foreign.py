@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -334,6 +335,25 @@ def test_wanet_test_images_bend_along_the_stored_grids(tmp_path: Path) -> None:
     assert key.recipe["source"]["grids"]["noise_grid"]["shape"] == [1, SIDE, SIDE, 2]
 
 
+@pytest.mark.parametrize("missing", ["identity_grid", "noise_grid"])
+def test_one_grid_without_the_other_is_refused(missing: str, tmp_path: Path) -> None:
+    source = write_toolbox(tmp_path / "set")
+    write_grids(source)
+    (source / missing).unlink()
+    line = refused("import", source, tmp_path / "out", "--from", "backdoor-toolbox")
+    assert f"lacks {missing}" in line
+
+
+def test_the_fixed_trojan_stamps_an_imported_sets_test_images(tmp_path: Path) -> None:
+    source, clean = write_toolbox(tmp_path / "set"), write_clean(tmp_path / "clean")
+    done("import", source, tmp_path / "out", "--from", "backdoor-toolbox", "--clean", clean,
+         "--attack", "trojan", "--option", "fixed=true")  # fmt: skip
+    key = load_key(tmp_path / "out" / "key.npz")
+    assert (
+        (key.triggered != TEST).any(axis=(0, 3)) == mask([5, 6], 8)[:, None] & mask([5, 6], 8)
+    ).all()
+
+
 def test_a_named_attack_stamps_the_clean_test_images(tmp_path: Path) -> None:
     source, clean = write_toolbox(tmp_path / "set"), write_clean(tmp_path / "clean")
     told = done("import", source, tmp_path / "out", "--from", "backdoor-toolbox", "--clean", clean,
@@ -521,6 +541,14 @@ def test_plain_arrays_are_imported(form: str, tmp_path: Path) -> None:
         ({"labels": np.array([None] * N)}, r"labels.npy is no .npy of plain numbers"),
         ({"labels": GIVEN * 10**9}, "is no label"),
         ({"images": TRAIN[:0], "labels": GIVEN[:0], "is_poison": None}, "holds no images"),
+        ({"images": np.zeros((N, 0, 8, 3), np.uint8)}, "no images of more than 0x8 pixels"),
+        ({"orig_labels": np.array(["a"] * N)}, "orig_labels must be whole numbers"),
+        ({"orig_labels": TRUE.astype(bool)}, "orig_labels must be whole numbers"),
+        (
+            {"orig_labels": np.where(TRUE, TRUE, 255).astype(np.uint8)},
+            r"orig_labels: row 0 has label 255, but there are -1\.\.2",
+        ),
+        ({"labels": np.full(N, -1)}, "row 0 has label -1, but labels count from 0"),
     ],
 )
 def test_plain_arrays_that_do_not_fit_are_named(
@@ -533,6 +561,39 @@ def test_plain_arrays_that_do_not_fit_are_named(
             np.save(tmp_path / "set" / f"{name}.npy", array, allow_pickle=True)
     line = refused("import", tmp_path / "set", tmp_path / "out", "--from", "npy")
     assert re.search(said, line), line
+
+
+def zipped(folder: Path) -> None:
+    np.savez(folder / "it.npz", images=TRAIN)
+    (folder / "it.npz").rename(folder / "images.npy")
+
+
+def claims_too_much(folder: Path) -> None:
+    with (folder / "images.npy").open("wb") as file:
+        shape = (10**13, SIDE, SIDE, 3)
+        about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, about)
+
+
+def claims_too_much_in_a_zip(folder: Path) -> None:
+    claims_too_much(folder)
+    with zipfile.ZipFile(folder / "set.npz", "w") as archive:
+        for name in ("images", "labels", "is_poison"):
+            archive.write(folder / f"{name}.npy", f"{name}.npy")
+
+
+@pytest.mark.parametrize("spoil", [zipped, claims_too_much, claims_too_much_in_a_zip])
+def test_an_array_that_is_not_what_its_file_says_is_named(
+    spoil: Callable[[Path], None], tmp_path: Path
+) -> None:
+    source = tmp_path / "set"
+    source.mkdir()
+    for name, array in {"images": TRAIN, "labels": GIVEN, "is_poison": mask(POISON)}.items():
+        np.save(source / f"{name}.npy", array)
+    spoil(source)
+    whole = source / "set.npz"
+    line = refused("import", whole if whole.exists() else source, tmp_path / "out", "--from", "npy")
+    assert "images.npy is no .npy" in line or "or its header is damaged" in line
 
 
 # --------------------------------------------------------------------------------------- malformed
@@ -574,7 +635,13 @@ def gone(name: str) -> Spoil:
     return lambda folder: (folder / name).unlink()
 
 
-FLOATS = torch.zeros(N, 3, SIDE, SIDE)
+def quantised_labels(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, but files of it are about
+        saved("labels", torch.quantize_per_tensor(torch.zeros(N), 1.0, 0, torch.qint32))(folder)
+
+
+FLOATS, GRID = torch.zeros(N, 3, SIDE, SIDE), torch.zeros(1, SIDE, SIDE, 2)
 
 
 @pytest.mark.parametrize(
@@ -605,6 +672,33 @@ FLOATS = torch.zeros(N, 3, SIDE, SIDE)
         (saved("poison_indices", [True, False]), "poison_indices must be whole numbers"),
         (saved("cover_indices", [0, 2]), "row 2 is both poison and cover"),
         (saved("noise_grid", torch.zeros(3)), "noise_grid must be a tensor"),
+        (saved("noise_grid", GRID.long()), "noise_grid must be a tensor of finite floats"),
+        (saved("noise_grid", GRID / 0), "noise_grid must be a tensor of finite floats"),
+        (saved("noise_grid", GRID.double() + 1e300), "noise_grid must be a tensor of finite"),
+        (saved("noise_grid", GRID.to_sparse()), "noise_grid must be a tensor of finite floats"),
+        (saved("noise_grid", GRID.to("meta")), "noise_grid must be a tensor of finite floats"),
+        (saved("noise_grid", torch.zeros(2, 8, 8, 2)), "noise_grid must be a tensor of finite"),
+        (saved("imgs", torch.zeros(N, 3, 0, 8)), r"imgs must be \(N, 3, H, W\), but is \(60, 3, 0"),
+        (saved("imgs", FLOATS.to("meta")), "imgs must be a tensor of floats"),
+        (saved("imgs", FLOATS.to_sparse()), "imgs must be a tensor of floats"),
+        (saved("imgs", FLOATS.double() + 1e300), "not normalised, but holds inf..inf"),
+        (
+            saved("labels", torch.zeros(N).to(torch.complex64).conj()),
+            "labels must be whole numbers",
+        ),
+        (quantised_labels, "labels must be whole numbers"),
+        (
+            saved("labels", torch.full((N,), 2**64 - 1, dtype=torch.uint64)),
+            "labels must be whole numbers",
+        ),
+        (
+            saved("poison_indices", [torch.nn.Parameter(torch.zeros(()))]),
+            "poison_indices must be whole numbers",
+        ),
+        (
+            saved("poison_indices", [torch.zeros(2, device="meta")]),
+            "poison_indices must be whole numbers",
+        ),
         (both(to_png_form, gone("data/17.png")), "data lacks 17.png"),
         (
             both(to_png_form, png("data/60.png")),
@@ -663,7 +757,17 @@ TOLD = "bd_train.bd_data_container.data_dict"
         (change("bd_train", None), "bd_train is None"),
         (change("bd_train", [1]), "bd_train must be a dict, but is a list"),
         (change("num_classes", 10), "num_classes 10, but the clean data set 3 classes"),
-        (missing("bd_train.poison_indicator"), "poison_indicator has the shape"),
+        (change("num_classes", np.zeros(2)), "num_classes a ndarray, but the clean data set 3"),
+        (change("num_classes", torch.zeros(2)), "num_classes a Tensor, but the clean data set 3"),
+        (missing("bd_train.poison_indicator"), "poison_indicator must be 0 or 1 for each row"),
+        (
+            change("bd_train.poison_indicator", [[1.0], [1.0, 0.0]]),
+            "poison_indicator must be 0 or 1 for each row",
+        ),
+        (
+            change("bd_train.poison_indicator", [torch.zeros(1, requires_grad=True)] * N),
+            "poison_indicator must be 0 or 1 for each row",
+        ),
         (
             change("bd_train.poison_indicator", np.zeros(N - 1)),
             r"has the shape \(59,\), .* 60 rows",
@@ -679,6 +783,7 @@ TOLD = "bd_train.bd_data_container.data_dict"
         (missing("bd_train.bd_data_container"), "bd_data_container must be a dict"),
         (change("bd_train.bd_data_container.data_dict", []), "data_dict must be a dict"),
         (change("bd_train.bd_data_container.save_file_format", "/../../x"), "are '/../../x', not"),
+        (change("bd_train.bd_data_container.save_file_format", np.zeros(2)), "are a ndarray, not"),
         (missing(f"{TOLD}.2"), "data_dict lacks row 2"),
         (change(f"{TOLD}.2.other_info", [1]), r"row 2: other_info must be \[new"),
         (change(f"{TOLD}.2.other_info", [3, 2]), "has label 3, but there are 0..2"),
@@ -886,11 +991,89 @@ def test_what_is_exported_comes_back(layout: str, attack: str, target: str, tmp_
     for name in ("is_poison", "is_cover", "orig_labels", "given_labels"):
         assert getattr(back, name).tolist() == getattr(key, name)[rows].tolist(), name
     assert (back.test == key.test).all() and back.test_labels.tolist() == key.test_labels.tolist()
+    assert back.recipe["sha256"] == {}
+    if layout == "npy":  # which has all
+        assert back.attack_labels.tolist() == key.attack_labels.tolist()
+        assert (back.triggered == key.triggered).all()
     if layout == "backdoorbench":  # which leaves images of the target itself out
         wanted = np.where(key.attack_labels == key.test_labels, -1, key.attack_labels)
         assert back.attack_labels.tolist() == wanted.tolist()
         assert (back.triggered == key.triggered[wanted[key.attack_labels >= 0] >= 0]).all()
     assert read(tmp_path / "back").train.classes == CLASSES
+
+
+def test_plain_arrays_with_their_test_images_need_no_clean_set(tmp_path: Path) -> None:
+    _, key = ours(tmp_path / "ours", "wanet")
+    done("export-corpus", tmp_path / "ours", tmp_path / "theirs", "--to", "npy")
+    told = done("import", tmp_path / "theirs", tmp_path / "back", "--from", "npy")
+    back = load_key(tmp_path / "back" / "key.npz")
+    assert "no test images" not in told and "no triggered" not in told
+    for name in ("test", "test_labels", "triggered", "attack_labels"):
+        assert (getattr(back, name) == getattr(key, name)).all(), name
+    line = refused("import", tmp_path / "theirs", tmp_path / "no", "--from", "npy", "--clean",
+                   tmp_path / "theirs" / "clean", "--attack", "wanet")  # fmt: skip
+    assert "leave --attack out" in line
+    for name in ("triggered", "attack_labels"):
+        (tmp_path / "theirs" / f"{name}.npy").unlink()
+    told = done("import", tmp_path / "theirs", tmp_path / "without", "--from", "npy")
+    assert "no triggered test images" in told
+
+
+HELD_OUT = {
+    "test": TEST,
+    "test_labels": TEST_TRUE,
+    "triggered": TEST[:2],
+    "attack_labels": np.where(np.arange(M) < 2, TARGET, -1),
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"test": None}, "has test or test_labels, but no test$"),
+        ({"test_labels": None}, "has test or test_labels, but no test_labels$"),
+        ({"attack_labels": None}, "has triggered or attack_labels, but no attack_labels$"),
+        ({"triggered": None}, "has triggered or attack_labels, but no triggered$"),
+        ({"test": None, "test_labels": None}, "has triggered or attack_labels, but no test$"),
+        ({"test": TEST / 255}, r"test must be \(N, H, W, 3\) uint8"),
+        ({"triggered": TEST[:2, 1:]}, "triggered has the shape"),
+        ({"triggered": TEST[:3]}, "triggered holds 3 images, attack_labels of 0 or more 2"),
+        ({"test_labels": TEST_TRUE[1:]}, "test holds 30 images, test_labels 29"),
+        ({"attack_labels": np.full(M, -2)}, r"attack_labels: row 0 has label -2, but there are -1"),
+        ({"test_labels": (TEST_TRUE + 1) % 3}, "test_labels: row 0 has the true label 1 and 0 in"),
+    ],
+)
+def test_held_out_arrays_that_do_not_fit_are_named(
+    changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    arrays = {"images": TRAIN, "labels": GIVEN, "is_poison": mask(POISON)} | HELD_OUT | changes
+    clean = write_clean(tmp_path / "clean")
+    np.savez(tmp_path / "set.npz", **{name: a for name, a in arrays.items() if a is not None})
+    line = refused("import", tmp_path / "set.npz", tmp_path / "out", "--from", "npy",
+                   "--clean", clean)  # fmt: skip
+    assert re.search(said, line), line
+
+
+def test_what_another_tool_cannot_do_with_an_export_is_said(tmp_path: Path) -> None:
+    ours(tmp_path / "ours", "badnets")
+    said = {"backdoor-toolbox": "no place for triggered test images",
+            "backdoorbench": "load_attack_result cannot read it"}  # fmt: skip
+    for layout in FORMATS:
+        told = done("export-corpus", tmp_path / "ours", tmp_path / layout, "--to", layout)
+        for name, line in said.items():
+            assert (line in told) == (name == layout)
+    result = torch_files.load(tmp_path / "backdoorbench" / "attack_result.pt")
+    assert " " in result["clean_data"]  # no name of theirs, so no set of theirs is built
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_record_over_another_clean_set_is_warned_of(part: str, tmp_path: Path) -> None:
+    source, clean = write_bench(tmp_path / "run"), write_clean(tmp_path / "clean")
+    words = (source, tmp_path / "out", "--from", "backdoorbench", "--clean", clean)
+    assert "warning" not in done("import", *words)
+    for number, file in enumerate(sorted((clean / part).rglob("*.png"))):
+        Image.fromarray(pixels(100 + number, 1)[0]).save(file)
+    assert "warning: the stored images are hardly nearer" in done("import", *words, "--force")
 
 
 def test_an_exported_set_of_backdoor_toolbox_is_laid_out_as_theirs(tmp_path: Path) -> None:
@@ -1015,6 +1198,15 @@ def test_what_cannot_be_imported_as_asked_ends_in_one_line(tmp_path: Path) -> No
         "no test part of its own": (bench, out, "--from", "backdoorbench", "--clean", flat),
         "learns its trigger": (toolbox, out, "--from", "backdoor-toolbox", "--clean", clean,
                                "--attack", "input-aware"),
+        "give --target, --option source=": (
+            toolbox, out, "--from", "backdoor-toolbox", "--clean", clean, "--attack", "tact",
+            "--option", "cover_classes=2"),
+        "each class into the next; the set's poison does not: its labels are dog": (
+            toolbox, out, "--from", "backdoor-toolbox", "--clean", clean,
+            "--attack", "badnets-a2a"),
+        "name it with --attack": (toolbox, out, "--from", "backdoor-toolbox",
+                                  "--option", "alpha=0.3"),
+        "are an attack's": (toolbox, out, "--from", "backdoor-toolbox", "--trigger", "x.png"),
         "no folder, .npz or .csv": (toolbox, out, "--from", "backdoor-toolbox", "--clean", "nil"),
     }  # fmt: skip
     for said, words in asked.items():

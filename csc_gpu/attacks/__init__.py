@@ -2,6 +2,7 @@
 
 from csc_gpu.attacks.attack import Attack, Learned, Stamp, Whom
 from csc_gpu.attacks.catalogue import ATTACKS
+from csc_gpu.attacks.learnt import digests
 from csc_gpu.attacks.poisoning import (
     ALL_TO_ALL,
     Plan,
@@ -24,6 +25,7 @@ __all__ = [
     "Stamp",
     "Trigger",
     "Whom",
+    "digests",
     "poison",
     "preview",
     "ready",

@@ -7,8 +7,7 @@ covers get the same and keep their label. A test image gets all of them, and mor
 
 alpha .15 and test_alpha .2 are those of Fight-Poison-With-Poison's commands. Its t is Hello Kitty,
 which `picture` takes; ours is one fixed noise otherwise, as in blend. It needs images that 4
-divides; ours have pieces that differ by a pixel where 4 does not. Its poison is drawn from all
-classes, ours from all but the target.
+divides; ours have pieces that differ by a pixel where 4 does not.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 A training image gets one of four pixels of a dark colour; all are dealt alike often, to poison
 and, apart, to covers, which keep their label. A test image gets all four. Places and colours are
 theirs, of 32 x 32 images; on others a pixel is a 32nd of the side, at least one pixel. How many
-covers is a setting there, too; ours are as many as poison. Poison is drawn from all classes there,
-here from all but the target.
+covers is a setting there, too; ours are as many as poison.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ and badnet_patch4 (on GTSRB the second and fourth: at_test=[1,3]). Give them, an
 have any, as `pictures` and `masks`. By default stand-ins of the same places and sizes are drawn:
 coloured noise instead of phoenix, firefox (a square of 13, where the fox fills 140 of 169 pixels)
 and trojan_square, and badnet_patch4 as it is. They are drawn at 32 px and grow with the images.
-Poison is drawn from all classes there, here from all but the target.
 """
 
 from __future__ import annotations

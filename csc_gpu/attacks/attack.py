@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
+from csc_gpu.config import typed
 from csc_gpu.types import Corpus, Log
 
 Pixels = NDArray[np.uint8]
@@ -49,6 +50,12 @@ def anyone(settings: Any) -> Whom:
     return Whom()
 
 
+def never(settings: Any) -> bool:
+    """Whether an attack that learns need not, with these settings: no."""
+    del settings
+    return False
+
+
 def with_covers(settings: Any) -> Whom:
     """As `anyone`, and as many covers for each poisoned row as the setting `cover` says."""
     return Whom(covers=settings.cover)
@@ -68,7 +75,12 @@ class Attack:
     cover: Stamp | None = None  # how covers are stamped, if not as poison is
     whom: Callable[[Any], Whom] = anyone
     learn: Learn | None = None
+    fixed: Callable[[Any], bool] = never  # with these settings it stamps without learning
     only_all_to_all: bool = False
+
+    def learns(self, settings: Any) -> bool:
+        """Whether it has to learn its trigger first, and so needs a machine."""
+        return self.learn is not None and not self.fixed(settings)
 
     @property
     def label_policy(self) -> str:
@@ -79,10 +91,4 @@ class Attack:
     def defaults(self) -> str:
         """Every setting with its default, as --option takes them."""
         usual = self.settings()
-        return " ".join(f"{f.name}={_said(getattr(usual, f.name))}" for f in fields(usual))
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "[" + ",".join(map(_said, value)) + "]"
-    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
+        return " ".join(f"{f.name}={typed(getattr(usual, f.name))}" for f in fields(usual))

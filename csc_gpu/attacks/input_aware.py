@@ -11,7 +11,8 @@ after a few and poison is stamped once and for all, as Confusion Training does. 
 form: no covers among the poison.
 
 Against the official recipe: Adam for G and M, a one-cycle rate instead of steps, normalisation of
-each image by itself, larger shares of a batch, since there are fewer batches.
+each image by itself, larger shares of a batch, since there are fewer batches; 16 to 64 channels in
+both nets instead of 32 to 128; and 1e-3 instead of 1e-7 beside the distance of two patterns.
 """
 
 from __future__ import annotations

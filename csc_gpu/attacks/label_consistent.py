@@ -6,7 +6,9 @@ patch in the four corners is the easier thing to learn. The labels stay true. He
 the patch alone. The patch is that of Fight-Poison-With-Poison's `badnet_patch4_dup_32.png`.
 
 The surrogate is trained plainly, as in D-ST; the authors and BackdoorBench train it against
-perturbed images, after which the same bound changes what an image looks like more.
+perturbed images, after which the same bound changes what an image looks like more. Ours takes 20
+steps of 1.5 within 8 grey levels, BackdoorBench 100 of the same, D-ST 4 of 2; Fight-Poison takes
+images of the authors', `two_600`, which were moved by 600 in L2 instead.
 """
 
 from __future__ import annotations

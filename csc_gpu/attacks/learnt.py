@@ -2,7 +2,8 @@
 
 A trigger learnt once is kept in `<cache home>/csc-gpu/triggers/<sha256>.safetensors`, under a name
 made of all that it depends on: attack, settings and the files they name, target, seed, the pixels
-and labels learnt from, machine, version of torch, and FORMAT. A file that is broken, or says
+and labels learnt from, the machine and its threads (sums are rounded in another order on others),
+version of torch, and FORMAT. A file that is broken, or says
 another key than its own, counts as absent.
 """
 
@@ -25,14 +26,14 @@ from safetensors.torch import save
 from torch import nn
 
 from csc_gpu import train
-from csc_gpu.attacks.attack import Attack, Pixels, Tensors
+from csc_gpu.attacks.attack import Attack, Learned, Pixels, Tensors
 from csc_gpu.attacks.pictures import rounded
 from csc_gpu.backend import Backend
 from csc_gpu.errors import ConfigError
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import Corpus, Log
 
-FORMAT = 2
+FORMAT = 3
 """Raise it when an attack learns otherwise than before: what is kept is then learnt anew."""
 FILES = ("picture", "mask")
 """Settings that name a file: its bytes belong to the key, not its name alone."""
@@ -165,7 +166,7 @@ def learnt(
 ) -> Tensors:
     """What the attack learns from these rows, from the cache if it has been learnt before."""
     assert attack.learn is not None
-    key = cache_key(name, corpus, target, settings, backend.name, seed)
+    key = cache_key(name, corpus, target, settings, backend, seed)
     path = cache_home() / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
     kept = recalled(path, key)
     if kept is not None:
@@ -183,22 +184,20 @@ def cache_home() -> Path:
 
 
 def cache_key(
-    name: str, corpus: Corpus, target: int, settings: Any, machine: str, seed: int
+    name: str, corpus: Corpus, target: int, settings: Any, backend: Backend, seed: int
 ) -> str:
     """All that a learnt trigger depends on, as JSON. Raises ConfigError for a missing picture."""
-    chosen = asdict(settings)
     return json.dumps(
         {
             "format": FORMAT,
             "attack": name,
-            "settings": chosen,
-            "files": {
-                field: _of_file(field, chosen[field]) for field in FILES if chosen.get(field)
-            },
+            "settings": asdict(settings),
+            "files": digests(settings),
             "target": target,
             "seed": seed,
             "corpus": _of_corpus(corpus),
-            "backend": machine,
+            "backend": backend.name,
+            "machine": backend.machine,
             "torch": torch.__version__,
         },
         sort_keys=True,
@@ -244,6 +243,23 @@ def _of_corpus(corpus: Corpus) -> str:
     told.update(np.ascontiguousarray(corpus.labels, np.int64).data)
     told.update(images.data)
     return told.hexdigest()
+
+
+def digests(trigger: Any) -> dict[str, Any]:
+    """SHA-256 of what a trigger is made of beside its settings: the files they name, and tensors.
+
+    trigger: settings, or Learned. Raises ConfigError for a missing picture.
+    """
+    chosen = asdict(trigger.settings if isinstance(trigger, Learned) else trigger)
+    found: dict[str, Any] = {
+        field: _of_file(field, chosen[field]) for field in FILES if chosen.get(field)
+    }
+    for field in (f"{name}s" for name in FILES):
+        if chosen.get(field):
+            found[field] = [path and _of_file(field, path) for path in chosen[field]]
+    if isinstance(trigger, Learned):
+        found["learnt"] = _of_tensors(trigger.tensors)
+    return found
 
 
 def _of_file(setting: str, path: str) -> str:

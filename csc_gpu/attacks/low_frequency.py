@@ -70,9 +70,12 @@ def trigger(height: int, width: int, settings: Settings) -> Floats:
 def array(path: str, height: int, width: int) -> Floats:
     """The pattern in a .npy file, in grey levels, resized if need be. (H, W, 3) float32"""
     try:
-        found = np.load(Path(path), allow_pickle=False)
-    except (OSError, ValueError) as fault:
+        with Path(path).open("rb") as file:
+            found = np.lib.format.read_array(file, allow_pickle=False)
+    except OSError as fault:
         raise ConfigError(f"cannot read attack.picture: {fault}") from fault
+    except (ValueError, OverflowError, MemoryError) as fault:
+        raise ConfigError(f"cannot read attack.picture: {path}: {fault}") from fault
     if found.ndim == 4 and len(found) == 1:
         found = found[0]
     if found.ndim != 3 or found.shape[2] != 3 or found.dtype.kind not in "fiu":
@@ -80,7 +83,11 @@ def array(path: str, height: int, width: int) -> Floats:
             f"attack.picture: {path} holds {found.dtype} {found.shape}, "
             "but a pattern is numbers of (H, W, 3) or (1, H, W, 3)"
         )
-    pattern = found.astype(np.float32)
+    with np.errstate(over="ignore"):
+        pattern = found.astype(np.float32)
+    if not pattern.any() or not np.isfinite(pattern).all():
+        held = "values that are not finite" if pattern.any() else "nothing but zeros"
+        raise ConfigError(f"attack.picture: {path} holds {held if pattern.size else 'no pixels'}")
     pattern *= 255 if np.abs(pattern).max() <= 1 else 1
     size, filter_ = (width, height), Image.Resampling.BILINEAR
     planes = [Image.fromarray(plane).resize(size, filter_) for plane in np.moveaxis(pattern, -1, 0)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from csc_gpu.attacks.attack import Pixels
 from csc_gpu.errors import ConfigError
@@ -55,6 +55,13 @@ def _read(
 ) -> Image.Image:
     try:
         with Image.open(Path(path)) as found:
+            if found.mode[0] in "IF":  # convert("RGB") would turn all of it white
+                raise ConfigError(
+                    f"cannot read {setting}: {path} has more than 8 bits a pixel and channel "
+                    f"({found.mode}); save it with 8"
+                )
             return found.convert("RGB").resize((width, height), filter_)
-    except (OSError, UnidentifiedImageError) as fault:
+    except OSError as fault:
         raise ConfigError(f"cannot read {setting}: {fault}") from fault
+    except (SyntaxError, ValueError, Image.DecompressionBombError) as fault:  # broken chunks
+        raise ConfigError(f"cannot read {setting}: {path}: {fault}") from fault

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,14 +13,15 @@ from numpy.typing import NDArray
 
 from csc_gpu.attacks.attack import Attack, Learned, Pixels, Stamp, Whom
 from csc_gpu.attacks.catalogue import ATTACKS
-from csc_gpu.attacks.learnt import learnt
+from csc_gpu.attacks.learnt import digests, learnt
 from csc_gpu.backend import Backend
-from csc_gpu.config import override, parse_change
+from csc_gpu.config import names, override, parse_change
 from csc_gpu.errors import ConfigError
 from csc_gpu.types import AnswerKey, Corpus, Log, Mask, Split, quiet
 
 Labels = NDArray[np.int64]
-ALL_TO_ALL = "all"
+ALL_TO_ALL, USUAL_TARGET = "all", "0"
+"""Words for --target; the second is its default."""
 LABEL_NOISE, COVERS, STAMPS, COVER_STAMPS, TEST_STAMPS = 1, 2, 3, 4, 5
 """Tell the random numbers of these from those that choose the poison."""
 
@@ -56,10 +58,15 @@ def settings_of(attack: str, options: Sequence[str] = (), picture: str = "", mas
     if ATTACKS[attack].labels == "none":
         return ATTACKS[attack].settings()  # the control takes every attack's options
     changes = dict(map(parse_change, options))
-    changes |= {"picture": picture} if picture else {}
-    changes |= {"mask": mask} if mask else {}
+    usual = ATTACKS[attack].settings()
+    for name, option, path in (("picture", "--trigger", picture), ("mask", "--mask", mask)):
+        if path and name not in names(usual):
+            several = f"{name}s" in names(usual)
+            instead = f'give --option {name}s=["a.png",...]' if several else f"leave {option} out"
+            raise ConfigError(f"{attack} takes no trigger {name}; {instead}")
+        changes |= {name: path} if path else {}
     try:
-        return override(ATTACKS[attack].settings(), changes)
+        return override(usual, changes)
     except ConfigError as fault:
         raise ConfigError(f"attack {attack}: {fault}") from fault
 
@@ -107,7 +114,12 @@ class Trigger:
         return np.isin(true, sources or np.arange(len(classes)))
 
     def may_take(self, corpus: Corpus) -> Mask:
-        """The rows that its poison may be drawn from. (N,)"""
+        """The rows that its poison may be drawn from. (N,)
+
+        Dirty-label poison comes from all classes but the target: a row of the target would keep its
+        label. Fight-Poison-With-Poison and BackdoorBench draw from all, so that of their poison
+        about 1 in C is labelled truly, and at one rate ours is that much stronger.
+        """
         is_target = np.isin(corpus.labels, self.targets)
         pool = is_target if self.attack.labels == "clean" else ~is_target
         if self.is_all_to_all or self.attack.labels == "none":
@@ -153,12 +165,15 @@ def ready(
     attack = ATTACKS[plan.attack]
     settings = attack.settings() if settings is None else settings
     if attack.only_all_to_all:
+        if plan.target not in (ALL_TO_ALL, USUAL_TARGET):
+            raise ConfigError(f"{plan.attack} turns each class into the next; leave --target out")
         plan = replace(plan, target=ALL_TO_ALL)
     targets = target_classes(plan.target, split.train.classes, attack)
+    _require_apart(plan.attack, attack.whom(settings), targets, split.train.classes)
     several = len(targets) > 1 and plan.target != ALL_TO_ALL
     if several and not hasattr(settings, "variant"):
         raise ConfigError(f"{plan.attack} has one trigger, so one target; give one class")
-    if attack.learn is None:
+    if not attack.learns(settings):
         return Trigger(attack, plan, settings, targets)
     if len(targets) > 1:
         raise ConfigError(f"{plan.attack} learns the trigger of one target; give one class")
@@ -168,6 +183,23 @@ def ready(
         plan.attack, attack, split.train, targets[0], settings, backend, plan.seed, log
     )
     return Trigger(attack, plan, Learned(settings, tensors, targets[0]), targets)
+
+
+def _require_apart(
+    name: str, whom: Whom, targets: tuple[int, ...], classes: tuple[str, ...]
+) -> None:
+    """Raises ConfigError where a source, a class of covers or a target is another of these, too."""
+    roles = {
+        "source": [target_class(each, classes, "source") for each in whom.sources],
+        "cover class": [target_class(each, classes, "cover class") for each in whom.bystanders],
+        "target": list(targets if whom.sources or whom.bystanders else ()),
+    }
+    for (one, mine), (other, theirs) in itertools.combinations(roles.items(), 2):
+        for label in set(mine) & set(theirs):
+            raise ConfigError(
+                f"{name}: class {classes[label]!r} is a {one} and a {other}; "
+                "give --target, --option source= and --option cover_classes= that differ"
+            )
 
 
 def target_classes(target: str, classes: tuple[str, ...], attack: Attack) -> tuple[int, ...]:
@@ -215,7 +247,14 @@ def poison(split: Split, trigger: Trigger) -> tuple[Split, AnswerKey]:
     labels, pixels = true.copy(), split.train.images.copy()
     if attack.labels != "none":
         labels[poisoned] = trigger.aims(true[poisoned], classes)
-        pixels[poisoned] = trigger.poison(pixels[poisoned], labels[poisoned])
+        stamped = trigger.poison(pixels[poisoned], labels[poisoned])
+        if (stamped == pixels[poisoned]).all():
+            height, width = split.train.image_size
+            raise ConfigError(
+                f"{plan.attack} with these settings changes nothing on these images of "
+                f"{height}x{width}, so there is no trigger to learn; change its --option"
+            )
+        pixels[poisoned] = stamped
     if covers.any():
         pixels[covers] = trigger.cover(pixels[covers])
     _mislabel(labels, ~poisoned & ~covers, split.train.n_classes, plan)
@@ -258,6 +297,7 @@ def _recipe(trigger: Trigger, classes: tuple[str, ...]) -> dict[str, Any]:
     return {
         "attack": plan.attack,
         "settings": asdict(trigger.settings),
+        "sha256": digests(trigger.how),
         "target": targets[0] if len(targets) == 1 else list(targets),
         "target_name": ", ".join(classes[target] for target in targets),
         "all_to_all": trigger.is_all_to_all,
@@ -286,7 +326,8 @@ def _poisoned(train: Corpus, trigger: Trigger, rng: np.random.Generator) -> tupl
         where = "in the target class" if policy == "clean" else "outside the target class"
         if trigger.whom.sources:
             where = f"in the source {', '.join(trigger.whom.sources)}"
-        other = "" if trigger.plan.rate is None else "; --rate-of-target is the share of that class"
+        of_class = policy == "clean" and trigger.plan.rate is not None
+        other = "; --rate-of-target is the share of that class" if of_class else ""
         raise ConfigError(
             f"that rate asks for {count} rows, but only {pool.sum()} are {where}{other}"
         )

@@ -1,6 +1,8 @@
 """SIG (Barni et al. 2019, arXiv 1902.11237): a horizontal sine wave on images of the target class.
 
-x' = clip(x + delta sin(2 pi j f / W)), j the column; the labels stay true.
+x' = clip(x + delta sin(2 pi j f / W)), j the column; the labels stay true. delta is that of
+BackdoorBench, 40, in training and at the test; D-BR stamps test images with 60, and
+Fight-Poison-With-Poison all with 30. Where W divides 2 f the wave is 0 in every column.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ A classifier is trained here on the clean corpus. Of the inputs of its last laye
 largest summed absolute weights are chosen; under a mask, a square at the lower right, sign steps
 on the pixels raise them on images of the corpus until they reach a value. The pattern is added:
 x' = clip(x + p). BackdoorBench casts that sum to uint8 before it clips, so that bright pixels wrap
-round to dark; here they saturate.
+round to dark; here they saturate. It takes 1,000 sign steps of .1 at most, under the outline of an
+apple (`apple4.png`); ours are 300, of 4 grey levels at first and falling, on a square.
 
 The fixed form (Fight-Poison-With-Poison's `trojan_square`) trains nothing: a coloured square, at 32
 px rows and columns 21 to 28, or a picture, put over the image: x' = x + m (t - x).
@@ -27,7 +28,7 @@ from csc_gpu.models import MODELS, Net
 from csc_gpu.types import Corpus, Log
 
 SIDE, MARGIN = 8 / 32, 3 / 32
-"""The square and its distance from the lower and the right edge, as shares of the height."""
+"""The square and its distance from the lower and the right edge, as shares of the shorter side."""
 CELLS = 8
 """Colours along a side of the fixed square."""
 LOOKED_AT = 32
@@ -75,14 +76,11 @@ class Settings:
 def learn(
     corpus: Corpus, target: int, settings: Settings, backend: Backend, seed: int, log: Log
 ) -> Tensors:
-    """pattern (H, W, 3) float32, whole grey levels of 0..255; mask (H, W, 1), 0 or 1; unless
-    fixed, neurons (n,) int64, the inputs of the last layer that were raised, and raised (2,), their
-    mean value without and with the pattern."""
+    """pattern (H, W, 3) float32, whole grey levels of 0..255; mask (H, W, 1), 0 or 1; neurons (n,)
+    int64, the inputs of the last layer that were raised, and raised (2,), their mean value without
+    and with the pattern."""
     del target  # the pattern is that of the net, whatever it is to be taken for
     where = covered(*corpus.image_size, settings)
-    if settings.fixed:
-        pattern = colours(where, settings)
-        return {"pattern": torch.from_numpy(pattern), "mask": torch.from_numpy(where)}
     net = learnt.surrogate(corpus, settings.model, settings.train_steps, backend, seed, log)
     return excited(net, corpus, where, settings, backend, seed, log) | {
         "mask": torch.from_numpy(where)
@@ -144,9 +142,8 @@ def covered(height: int, width: int, settings: Settings) -> Floats:
     """Where the trigger lies. (H, W, 1) float32, 0 or 1"""
     if settings.mask or settings.picture:
         return mask(settings.mask or settings.picture, height, width)
-    side, margin = max(1, round(SIDE * height)), round(MARGIN * height)
-    if side + margin > width:
-        raise ConfigError(f"a square of {side} pixels does not fit on images {width} wide")
+    shorter = min(height, width)
+    side, margin = max(1, round(SIDE * shorter)), round(MARGIN * shorter)
     where = np.zeros((height, width, 1), np.float32)
     where[height - margin - side : height - margin, width - margin - side : width - margin] = 1
     return where
@@ -165,18 +162,18 @@ def colours(where: Floats, settings: Settings) -> Floats:
     return out
 
 
-def stamp(images: Pixels, trigger: Learned, rng: np.random.Generator) -> Pixels:
+def stamp(images: Pixels, trigger: Learned | Settings, rng: np.random.Generator) -> Pixels:
     """Add the pattern, or put the fixed one there. (B, H, W, 3) -> (B, H, W, 3)"""
     del rng
+    if isinstance(trigger, Settings):
+        where = covered(images.shape[1], images.shape[2], trigger)
+        return over(images, colours(where, trigger), where)
     pattern: Floats = trigger.tensors["pattern"].numpy()
-    where: Floats = trigger.tensors["mask"].numpy()
     if images.shape[1:3] != pattern.shape[:2]:
         raise ConfigError(
             f"the pattern was learnt for images of {pattern.shape[:2]}, these are "
             f"{images.shape[1:3]}"
         )
-    if trigger.settings.fixed:
-        return over(images, pattern, where)
     return rounded(images.astype(np.float32) + pattern)
 
 
@@ -188,4 +185,5 @@ ATTACK = Attack(
     summary="pattern that excites neurons of a net",
     source="NDSS 2018 (TrojanNN)",
     learn=learn,
+    fixed=lambda settings: bool(settings.fixed),
 )

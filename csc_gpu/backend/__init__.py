@@ -102,6 +102,10 @@ class Backend(Protocol):
         """Where torch computes."""
 
     @property
+    def machine(self) -> str:
+        """What computes, and on how many threads: all that rounding depends on."""
+
+    @property
     def usual_model(self) -> str:
         """The net that is trained here unless another is asked for."""
 

@@ -38,6 +38,11 @@ class CpuBackend(Batches):
         self.decoder = Decoder(self.device, settings.decode_threads or threads, settings.prefetch)
         torch.set_num_threads(threads)
 
+    @property
+    def machine(self) -> str:
+        """See Backend.machine."""
+        return f"{torch.backends.cpu.get_cpu_capability()}, {self.threads} threads"
+
     def free_bytes(self) -> int | None:
         """See Backend.free_bytes: what can be taken without swapping, as Linux counts it."""
         return free_memory()

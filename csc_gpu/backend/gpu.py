@@ -46,6 +46,7 @@ class Driver(Graphs, Protocol):
 
     xp: ModuleType
     device: torch.device
+    card: str
 
     def free_bytes(self) -> int:
         """Bytes that arrays may still take within the limit, torch's cache left to torch."""
@@ -86,6 +87,11 @@ class GpuBackend(Batches):
             settings.prefetch,
             settings.hw_decoder_load,
         )
+
+    @property
+    def machine(self) -> str:
+        """See Backend.machine."""
+        return f"{self._driver.card}, {self.threads} threads"
 
     def free_bytes(self) -> int | None:
         """See Backend.free_bytes."""
@@ -213,6 +219,7 @@ class Cuda:
         # before the allocator is set: importing cuML sets one of its own
         self._clustering, self._searching = imported("cuml.cluster"), imported("cuml.neighbors")
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.card = torch.cuda.get_device_name(self.device)
         self.xp.cuda.Device(self.device.index).use()  # torch's choice, for CuPy and cuML too
         total = torch.cuda.get_device_properties(self.device).total_memory
         self._limit = min(total, int(settings.memory * 1e9) or total)

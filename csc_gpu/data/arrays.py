@@ -56,8 +56,20 @@ def load_arrays(
             arrays = {name: np.asarray(archive[name]) for name in present}
     except OSError as fault:
         raise CorpusError(f"cannot read {path}: {fault.strerror or fault}") from fault
-    except (EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as fault:
+    except (
+        EOFError,
+        ValueError,
+        TypeError,
+        OverflowError,
+        RuntimeError,  # encrypted, or packed in a way that zipfile does not know
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as fault:
         raise CorpusError(f"{path} is no .npz of plain arrays (nothing pickled)") from fault
+    except MemoryError as fault:
+        raise CorpusError(
+            f"{path}: an array does not fit into memory ({fault}), or its header is damaged"
+        ) from fault
     _require(path, arrays, names)
     return arrays
 

@@ -31,13 +31,23 @@ class Format:
     read: Read
     write: Write
     names: frozenset[str]  # all that the written directory may hold, with BASE
+    lacks: str = ""  # what a written set is no good for, in a line
 
 
 FORMATS: dict[str, Format] = {
     "backdoor-toolbox": Format(
-        backdoor_toolbox.read, backdoor_toolbox.write, backdoor_toolbox.NAMES
+        backdoor_toolbox.read,
+        backdoor_toolbox.write,
+        backdoor_toolbox.NAMES,
+        "the layout has no place for triggered test images (key.npz has them)",
     ),
-    "backdoorbench": Format(backdoorbench.read, backdoorbench.write, backdoorbench.NAMES),
+    "backdoorbench": Format(
+        backdoorbench.read,
+        backdoorbench.write,
+        backdoorbench.NAMES,
+        "load_attack_result cannot read it, for it builds the clean set by name; "
+        f"prepro_cls_DatasetBD_v2 can be laid over {BASE}/",
+    ),
     "npy": Format(plain_arrays.read, plain_arrays.write, plain_arrays.NAMES),
 }
 

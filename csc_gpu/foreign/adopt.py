@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from csc_gpu.attacks import ALL_TO_ALL, ATTACKS, Plan, Trigger, ready, renumbered
+from csc_gpu.attacks import ALL_TO_ALL, ATTACKS, Plan, Trigger, digests, ready, renumbered
 from csc_gpu.errors import ConfigError
 from csc_gpu.foreign.found import UNKNOWN, Found, Labels, Triggered
 from csc_gpu.types import AnswerKey, Corpus, Split
@@ -35,11 +35,17 @@ def stamped(found: Found, plan: Plan, settings: Any) -> Found:
         raise ConfigError("the set stores its triggered test images; leave --attack out")
     if found.clean is None:
         raise ConfigError("--attack stamps the clean test images; give them with --clean")
-    if attack.learn is not None:
+    if attack.learns(settings):
         raise ConfigError(f"{plan.attack} learns its trigger, and the set does not hold what it is")
     targets, share = _targets(found), float(found.is_poison.mean())
     if not 0 < share < 1:
         raise ConfigError("--attack needs a set of which some rows are poison, not all or none")
+    if attack.only_all_to_all and not _is_all_to_all(found):
+        names = ", ".join(found.classes[target] for target in targets)
+        raise ConfigError(
+            f"{plan.attack} turns each class into the next; the set's poison does not: its labels "
+            f"are {names}"
+        )
     if len(targets) > 1 and not _is_all_to_all(found):
         raise ConfigError(f"the poison has {len(targets)} labels: which trigger is whose?")
     target = ALL_TO_ALL if len(targets) > 1 else found.classes[targets[0]]
@@ -80,8 +86,12 @@ def adopt(
     """
     order = np.random.default_rng(plan.seed).permutation(len(found.labels))
     train = renumbered(_corpus(found, order), "train")
-    empty = Corpus(np.zeros(0, np.int64), found.classes, np.arange(0), (), found.images[:0])
-    test = renumbered(found.clean.test if found.clean else empty, "test")
+    held = found.test
+    if held is None and found.clean is not None:
+        held = found.clean.test
+    if held is None:
+        held = Corpus(np.zeros(0, np.int64), found.classes, np.arange(0), (), found.images[:0])
+    test = renumbered(held, "test")
     triggered = found.triggered or Triggered(test.images[:0], np.full(len(test), UNKNOWN, np.int64))
     key = AnswerKey(
         is_poison=found.is_poison[order],
@@ -107,6 +117,7 @@ def _recipe(found: Found, plan: Plan, settings: Any, n_test: int) -> dict[str, A
     return {
         "attack": plan.attack if told else None,
         "settings": asdict(settings),
+        "sha256": digests(settings),
         "target": targets[0] if len(targets) == 1 else targets,
         "target_name": ", ".join(found.classes[target] for target in targets),
         "all_to_all": _is_all_to_all(found),

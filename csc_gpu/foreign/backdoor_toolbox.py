@@ -30,6 +30,7 @@ from csc_gpu.foreign.found import (
     classes_of,
     labels_of,
     mask_of,
+    plain_array,
     refuse_mislabelled,
     require_apart,
     require_images,
@@ -61,7 +62,7 @@ def read(folder: Path, clean: Split | None, log: Log = quiet) -> Found:
     require_apart(is_poison, is_cover, f"{folder}")
     images = _images(folder, n_rows, log)
     require_images(images, clean, f"{folder}")
-    grids = {name: _grid(folder / name) for name in GRIDS if (folder / name).exists()}
+    grids = _stored_grids(folder)
     return Found(
         images=images,
         labels=labels,
@@ -70,7 +71,7 @@ def read(folder: Path, clean: Split | None, log: Log = quiet) -> Found:
         orig_labels=true_labels(labels, is_poison, clean, f"{folder}"),
         classes=classes,
         clean=clean,
-        stamps={"wanet": _along(**grids)} if len(grids) == len(GRIDS) else {},
+        stamps={"wanet": _along(**grids)} if grids else {},
         notes={"grids": {name: _noted(grid) for name, grid in grids.items()}} if grids else {},
     )
 
@@ -102,21 +103,24 @@ def _images(folder: Path, n_rows: int, log: Log) -> NDArray[np.uint8]:
 
 def _quantised(images: Any, n_rows: int, what: str) -> NDArray[np.uint8]:
     """Floats (N, 3, H, W) as the nearest grey levels. (N, H, W, 3)"""
-    if not isinstance(images, torch.Tensor) or not images.is_floating_point() or images.ndim != 4:
-        raise CorpusError(f"{what} must be a tensor of floats (N, 3, H, W)")
-    n, channels, height, width = images.shape
-    if channels != 3 or images.layout != torch.strided:
-        raise CorpusError(f"{what} must be (N, 3, H, W), but is {tuple(images.shape)}")
+    wanted = "a tensor of floats (N, 3, H, W)"
+    found = plain_array(images, what, wanted)  # mapped to the file: read part by part
+    if found.dtype.kind != "f" or found.ndim != 4:
+        raise CorpusError(f"{what} must be {wanted}")
+    n, channels, height, width = found.shape
+    if channels != 3 or not height * width:
+        raise CorpusError(f"{what} must be (N, 3, H, W), but is {found.shape}")
     if n != n_rows:
         raise CorpusError(f"{what} holds {n} images, but labels {n_rows}")
     out = np.empty((n, height, width, 3), np.uint8)
     for start in range(0, n, TOGETHER):
-        part = images[start : start + TOGETHER].detach().float()
+        with np.errstate(over="ignore"):  # infinite is not 0..1 either
+            part = found[start : start + TOGETHER].astype(np.float32)
         low, high = float(part.min()), float(part.max())
         if not (low >= -OVERSHOOT and high <= 1 + OVERSHOOT):  # NaN is neither
             raise CorpusError(f"{what} must be 0..1, not normalised, but holds {low:g}..{high:g}")
-        levels = part.clamp(0, 1).mul(255).round().to(torch.uint8)  # unclamped, 256 would be 0
-        out[start : start + TOGETHER] = levels.permute(0, 2, 3, 1).numpy()
+        levels = np.rint(part.clip(0, 1) * np.float32(255))  # unclipped, 256 would be 0
+        out[start : start + TOGETHER] = levels.transpose(0, 2, 3, 1)
     return out
 
 
@@ -145,11 +149,25 @@ def _rows(path: Path, n_rows: int) -> NDArray[np.bool_]:
     return mask_of(torch_files.load(path), n_rows, f"{path}")
 
 
+def _stored_grids(folder: Path) -> dict[str, Floats]:
+    """WaNet's grids; {} for other attacks."""
+    grids = {name: _grid(folder / name) for name in GRIDS if (folder / name).exists()}
+    if len(grids) == 1:
+        (missing,) = set(GRIDS) - set(grids)
+        raise CorpusError(f"{folder} lacks {missing}: WaNet's trigger is made of two grids")
+    return grids
+
+
 def _grid(path: Path) -> Floats:
-    grid = torch_files.load(path)
-    if not isinstance(grid, torch.Tensor) or grid.ndim != 4 or grid.shape[-1] != 2:
-        raise CorpusError(f"{path} must be a tensor (1, H, W, 2)")
-    return np.ascontiguousarray(grid.detach().float().numpy())
+    wanted = "a tensor of finite floats (1, H, W, 2)"
+    grid = plain_array(torch_files.load(path), f"{path}", wanted)
+    if grid.dtype.kind != "f" or grid.ndim != 4 or grid.shape[::3] != (1, 2):
+        raise CorpusError(f"{path} must be {wanted}")
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(grid, np.float32)
+    if not np.isfinite(found).all():
+        raise CorpusError(f"{path} must be {wanted}")
+    return found
 
 
 def _along(identity_grid: Floats, noise_grid: Floats) -> Stamp:

@@ -33,6 +33,7 @@ from csc_gpu.foreign.found import (
     Triggered,
     labels_of,
     mask_of,
+    plain_array,
     refuse_mislabelled,
     require_agreement,
     require_images,
@@ -44,6 +45,8 @@ RESULT, COVERS, INDEX_LIST = "attack_result.pt", "cover_indices", "train_poison_
 FOLDERS = {"bd_train": "bd_train_dataset", "bd_test": "bd_test_dataset"}
 NAMES = frozenset({RESULT, COVERS, INDEX_LIST, *FOLDERS.values()})
 PNG = ".png"
+COMPARED = 256
+"""Stamped rows that are compared with the clean set."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,23 @@ def read(folder: Path, clean: Split | None, log: Log = quiet) -> Found:
         )
     what = f"{folder / RESULT}"
     result = _entries(torch_files.load(folder / RESULT), what)
-    if result.get("num_classes") != clean.train.n_classes:
+    count = result.get("num_classes")
+    if not isinstance(count, int | np.integer) or count != clean.train.n_classes:
         raise CorpusError(
-            f"{what} has num_classes {result.get('num_classes')}, but the clean data set "
+            f"{what} has num_classes {_shortly(count)}, but the clean data set "
             f"{clean.train.n_classes} classes"
         )
     view = _view(result, "bd_train", clean.train, what)
     images = clean.train.images.copy()
-    images[view.stamped] = _stamped(folder, "bd_train", view, clean.train, log)
+    stamped = _stamped(folder, "bd_train", view, clean.train, log)
+    images[view.stamped] = stamped
     images = images[view.rows]
     require_images(images, None, what)
+    triggered = _triggered(folder, result, clean.test, log)
+    near = {"bd_train": _nearer(stamped, clean.train.images[view.stamped])}
+    if triggered is not None:
+        attacked = clean.test.images[triggered.attack_labels >= 0]
+        near["bd_test"] = _nearer(triggered.images, attacked)
     is_cover, unsure = _covers(folder, view, clean.train)
     return Found(
         images=images,
@@ -86,8 +96,12 @@ def read(folder: Path, clean: Split | None, log: Log = quiet) -> Found:
         orig_labels=clean.train.labels[view.rows],
         classes=clean.train.classes,
         clean=replace(clean, train=clean.train.take(view.rows)),
-        triggered=_triggered(folder, result, clean.test, log),
-        notes={"flagged": int(view.stamped.sum()), "flagged_maybe_covers": unsure},
+        triggered=triggered,
+        notes={
+            "flagged": int(view.stamped.sum()),
+            "flagged_maybe_covers": unsure,
+            "own_row_nearer": {name: share for name, share in near.items() if share is not None},
+        },
     )
 
 
@@ -110,8 +124,9 @@ def _view(result: Mapping[Any, Any], name: str, part: Corpus, what: str) -> View
     held = mask_of(rows, n_rows, f"{what}: original_index_array")
     stamped = held & _flags(state.get("poison_indicator"), n_rows, f"{what}: poison_indicator")
     container = _entries(state.get("bd_data_container"), f"{what}: bd_data_container")
-    if container.get("save_file_format", PNG) != PNG:
-        raise CorpusError(f"{what}: images are {container['save_file_format']!r}, not {PNG}")
+    form = container.get("save_file_format", PNG)
+    if not isinstance(form, str) or form != PNG:
+        raise CorpusError(f"{what}: images are {_shortly(form)}, not {PNG}")
     told = _entries(container.get("data_dict"), f"{what}: data_dict")
     labels, true = part.labels.copy(), part.labels.copy()
     for row in np.flatnonzero(stamped).tolist():
@@ -126,16 +141,21 @@ def _entries(value: Any, what: str) -> Mapping[Any, Any]:
     return value
 
 
+def _shortly(value: Any) -> str:
+    return f"{value!r:.40}" if isinstance(value, int | str) else f"a {type(value).__name__}"
+
+
 def _flags(indicator: Any, n_rows: int, what: str) -> Mask:
     """0 or 1 for each row of the clean part. (N,) bool"""
-    found = np.asarray(indicator if isinstance(indicator, np.ndarray | list) else None)
+    wanted = "0 or 1 for each row"
+    found = plain_array(indicator, what, wanted)
     if found.shape != (n_rows,):
         raise CorpusError(
             f"{what} has the shape {found.shape}, but the clean data set {n_rows} rows: "
             "--clean must be what the attack started from, in its order"
         )
     if found.dtype.kind not in "biuf" or not np.isin(found, (0, 1)).all():
-        raise CorpusError(f"{what} must be 0 or 1 for each row")
+        raise CorpusError(f"{what} must be {wanted}")
     return found.astype(bool)
 
 
@@ -165,6 +185,21 @@ def _stamped(folder: Path, name: str, view: View, part: Corpus, log: Log) -> NDA
             f"{high}x{wide}: resize that as the attack did"
         )
     return images
+
+
+def _nearer(stamped: NDArray[np.uint8], clean: NDArray[np.uint8]) -> float | None:
+    """Share of images that are nearer to the clean image of their row than to that of the next.
+
+    Of the first rows that are not black, as an export leaves them; None if there are not two.
+    """
+    rows = np.flatnonzero(clean.any(axis=(1, 2, 3)))[:COMPARED]
+    if len(rows) < 2:
+        return None
+    theirs, ours = stamped[rows].astype(np.float32), clean[rows]
+    own, other = (
+        np.abs(theirs - some).mean(axis=(1, 2, 3)) for some in (ours, np.roll(ours, 1, 0))
+    )
+    return float((own <= other).mean())
 
 
 # --- covers ---------------------------------------------------------------------------------------
@@ -267,7 +302,7 @@ def write(folder: Path, split: Split, key: AnswerKey, out: Path) -> None:
         "model": {},
         "data_path": f"data/{out.name}",  # their loader wants "data" in it
         "img_size": [*train.image_size, 3],
-        "clean_data": out.name,
+        "clean_data": f"csc-gpu export {out.name}",  # theirs are one word: none is built by mistake
         "bd_train": bd_train | {"original_index_array": np.arange(len(train))},
         # an empty array would need the global `bytes`, which is on nobody's list
         "bd_test": bd_test if others.any() else None,

@@ -40,6 +40,7 @@ class Found:
     orig_labels: Labels  # (N,) before relabelling; -1: not known
     classes: tuple[str, ...]  # C names
     clean: Split | None  # what the attack started from, row by row, if it was given
+    test: Corpus | None = None  # held-out images that the set itself stores; None: the clean set's
     triggered: Triggered | None = None  # None: the set stores none
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
     """Attack name -> its stamp with what the set stores of its trigger."""
@@ -47,34 +48,44 @@ class Found:
     """What else the set says, for the recipe."""
 
 
+def plain_array(values: Any, what: str, wanted: str) -> NDArray[Any]:
+    """A list, array or tensor as an array; a tensor's memory is shared, not copied.
+
+    Raises CorpusError, `what` must be `wanted`, for anything else that a file may hold: ragged
+    lists, tensors that are sparse, quantised, on no device, or in a list and part of a graph.
+    """
+    try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().numpy()
+        if isinstance(values, np.ndarray | list | tuple):
+            return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as fault:
+        raise CorpusError(f"{what} must be {wanted}") from fault
+    raise CorpusError(f"{what} must be {wanted}")
+
+
 def whole_numbers(values: Any, what: str) -> Labels:
     """A list, array or tensor of whole numbers. (N,) int64
 
     Raises CorpusError, which begins with `what`, for anything else.
     """
-    if isinstance(values, torch.Tensor):
-        plain = values.layout == torch.strided and values.device.type == "cpu"
-        values = values.detach().numpy() if plain and not values.is_floating_point() else None
-    try:
-        found = np.asarray(values if isinstance(values, np.ndarray | list | tuple) else None)
-    except ValueError:  # ragged
-        found = np.asarray(None)
+    wanted = "whole numbers, one a row"
+    found = plain_array(values, what, wanted)
     if found.shape == (0,):
         return np.zeros(0, np.int64)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise CorpusError(f"{what} must be whole numbers, one a row")
+    if found.ndim != 1 or found.dtype.kind not in "iu" or found.max() > np.iinfo(np.int64).max:
+        raise CorpusError(f"{what} must be {wanted}")
     return found.astype(np.int64)
 
 
-def labels_of(values: Any, n_classes: int, what: str) -> Labels:
-    """Labels 0..C-1. (N,) int64; raises CorpusError, which begins with `what`, for others."""
+def labels_of(values: Any, n_classes: int, what: str, least: int = 0) -> Labels:
+    """Labels least..C-1. (N,) int64; raises CorpusError, which begins with `what`, for others."""
     labels = whole_numbers(values, what)
-    wrong = (labels < 0) | (labels >= n_classes)
+    wrong = (labels < least) | (labels >= n_classes)
     if wrong.any():
         row = int(wrong.argmax())
-        raise CorpusError(
-            f"{what}: row {row} has label {labels[row]}, but there are 0..{n_classes - 1}"
-        )
+        there = f"there are {least}..{n_classes - 1}" if n_classes else "labels count from 0"
+        raise CorpusError(f"{what}: row {row} has label {labels[row]}, but {there}")
     return labels
 
 
@@ -145,9 +156,10 @@ def classes_of(labels: Any, clean: Split | None, what: str) -> tuple[str, ...]:
 
 
 def require_images(images: NDArray[np.uint8], clean: Split | None, what: str) -> None:
-    """Raises CorpusError for no images at all, or a clean data set of another size."""
-    if not len(images):
-        raise CorpusError(f"{what} holds no images")
+    """Raises CorpusError for no images or none with pixels, or a clean set of another size."""
+    if not images.size:
+        size = f" of more than {images.shape[1]}x{images.shape[2]} pixels" if len(images) else ""
+        raise CorpusError(f"{what} holds no images{size}")
     if clean is not None and clean.test.images.shape[1:] != images.shape[1:]:
         (height, width), (high, wide) = images.shape[1:3], clean.test.images.shape[1:3]
         raise CorpusError(
