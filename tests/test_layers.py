@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "csc_gpu"
 
 LAYERS = (
-    {"errors", "types"},
+    {"errors", "files", "cache"},
+    {"types"},
     {"config"},
     {"checkpoint"},
     {"data"},

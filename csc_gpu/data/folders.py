@@ -14,6 +14,7 @@ import numpy as np
 
 from csc_gpu.data.order import class_order, natural
 from csc_gpu.errors import CorpusError
+from csc_gpu.files import Files
 from csc_gpu.types import Corpus
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
@@ -92,5 +93,5 @@ def _corpus(folder: Path, part: str, listing: Listing, classes: tuple[str, ...])
         classes=classes,
         ids=np.arange(len(listing)),
         paths=paths,
-        files=tuple(folder / path for path in paths),
+        files=Files.whole(folder, paths),
     )
