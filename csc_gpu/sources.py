@@ -36,3 +36,14 @@ def load(
         cache=cache.place("checked", source, ".bin"),
         log=log,
     )
+
+
+def sound(source: str, split: Split, *, skip_broken: bool = False, log: Log = quiet) -> Split:
+    """The split of files without those that do not decode; raises CorpusError unless told to."""
+    return reader.sound(
+        split,
+        threads=usable_cores(),
+        skip_broken=skip_broken,
+        cache=cache.place("checked", source, ".bin"),
+        log=log,
+    )

@@ -21,7 +21,7 @@ LAYERS = (
     {"segregate", "conceal", "trigger", "recover"},
     {"witness"},
     {"csc", "attacks", "defenses", "sources"},
-    {"answers", "evaluate", "foreign", "plan"},
+    {"answers", "evaluate", "foreign", "pack", "plan"},
     {"run", "progress"},
     {"pipeline", "bench"},
     {"cli", "__main__"},

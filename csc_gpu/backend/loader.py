@@ -185,7 +185,8 @@ def contents_of(place: Place, handle: Callable[[Path], Handle] = Handle) -> byte
     try:
         str(path).encode()
         if isinstance(place, Piece):
-            content = os.pread(handle(path).number, place.size, place.start)
+            file = handle(path)  # held, so that it stays open
+            content = os.pread(file.number, place.size, place.start)
             return content if len(content) == place.size else "the shard ends before it"
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
             return "not a regular file"
