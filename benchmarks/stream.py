@@ -15,6 +15,7 @@ import os
 import resource
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,8 +26,9 @@ from PIL import Image
 
 from benchmarks.command import Command
 from benchmarks.results_file import RESULTS
-from csc_gpu import bench, data
-from csc_gpu.backend import Backend, open_backend, reader
+from csc_gpu import data
+from csc_gpu.backend import Backend, open_backend
+from csc_gpu.backend.doctor import describe
 from csc_gpu.data.tar import members
 from csc_gpu.run import commit
 from csc_gpu.types import Corpus
@@ -124,7 +126,7 @@ def main(work: Path, images: int, batch: int, threads: int, repeats: int, out: P
     split = data.open_source(str(folder), data.Settings(size=SIDE))
     opening = time.perf_counter() - start
     backend = open_backend("cpu", threads)
-    corpus = reader.streamed(split, (SIDE, SIDE)).train
+    corpus = replace(split.train, read_at=(SIDE, SIDE), file_bytes=3 * SIDE * SIDE)
     ours, alone, missed, twice, peak = [], [], 0, 0, 0
     for seed in range(repeats):
         rate, none, more = streamed(corpus, backend, batch, seed)
@@ -138,7 +140,7 @@ def main(work: Path, images: int, batch: int, threads: int, repeats: int, out: P
         "open_s": round(opening, 2), "images_per_s": [round(rate) for rate in ours],
         "dali_alone_images_per_s": [round(rate) for rate in alone],
         "ratio": round(median(a / b for a, b in zip(ours, alone, strict=True)), 3),
-        "load": os.getloadavg(), "machine": bench.machine(), "commit": commit(),
+        "load": os.getloadavg(), "machine": describe(), "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
