@@ -232,7 +232,7 @@ class _Files(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
         return len(self.files)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        with Image.open(self.files[row]) as image:
+        with files.header(self.files[row]) as file, Image.open(file) as image:
             small = image.convert("RGB").resize(
                 (self.width, self.height), Image.Resampling.BILINEAR
             )

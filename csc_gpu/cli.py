@@ -287,6 +287,31 @@ def export_corpus(**what: Any) -> None:
 
 @cli.command()
 @click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--shard-size",
+    "shard_bytes",
+    default="1GB",
+    show_default=True,
+    callback=in_bytes,
+    help="About what a shard takes.",
+)
+@skip_broken
+@force
+@changes
+def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
+    """Write SOURCE to OUT as tar shards (WebDataset) with a manifest, and read them back.
+
+    OUT is a SOURCE like any other, opened without looking for files, and gives the same run. Images
+    keep their bytes; arrays become PNGs. Where SOURCE holds nothing out, --set data.holdout does.
+    """
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.pack(source, out, changes, **how))
+
+
+@cli.command()
+@click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run directory.")
 @click.option("--defense", default="csc", show_default=True, help="csc or plain.")
 @click.option(
@@ -319,7 +344,9 @@ def train(
 ) -> None:
     """Train on a possibly poisoned SOURCE: suspects, a clean model, evidence.
 
-    SOURCE is an image folder, an .npz, a CSV manifest or the word digits; see csc-gpu poison.
+    SOURCE is an image folder, an .npz, a CSV manifest or the word digits (see csc-gpu poison), or a
+    folder of shards: WebDataset tars (KEY.jpg or .png, KEY.cls or .json), TFRecords, or csc-gpu
+    pack's.
     Nothing but images and class names is read: an answer key beside them is not opened.
     """
     from csc_gpu import pipeline

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from csc_gpu import answers, attacks, csc, data, evaluate, foreign, run, sources
+from csc_gpu import pack as packing
 from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
 from csc_gpu.backend import Backend, open_backend, reader
@@ -163,6 +164,37 @@ def export_corpus(source: Path, out: Path, layout: str, *, force: bool) -> str:
             foreign.write_base(folder / foreign.BASE, split, key)
     base = f"clean data set in its order (stamped rows black): {out / foreign.BASE}"
     return "\n".join(filter(None, (f"{layout}: {out}", base, written_as.lacks)))
+
+
+# --- pack ---------------------------------------------------------------------------------------
+
+
+def pack(
+    source: str,
+    out: Path,
+    changes: Mapping[str, Any],
+    *,
+    shard_bytes: int,
+    skip_broken: bool,
+    force: bool,
+) -> str:
+    """Write a source as tar shards with a manifest, and read them back; what was packed."""
+    settings: csc.Settings = override(csc.Settings(), dict(changes))
+    run.check_free(out, run.PACKED, force=force)
+    run.check_apart(source, out)
+    with Console() as log:
+        split = data.open_source(source, settings.data)
+        if split.train.files:
+            split = sources.sound(source, split, skip_broken=skip_broken, log=log)
+        n_bytes = packing.encoded_bytes(split.train) + packing.encoded_bytes(split.test)
+        with run.fresh_directory(out, run.PACKED, force=force) as folder:
+            run.check_room(folder, n_bytes)
+            n_shards = packing.write(folder, split, shard_bytes, log)
+    left_out = f", {len(split.broken)} broken ones left out" if split.broken else ""
+    return (
+        f"{len(split.train)} images to train on and {len(split.test)} to test in {n_shards} "
+        f"shards, read back and found the same{left_out}\ncorpus: {out}"
+    )
 
 
 # --- train --------------------------------------------------------------------------------------

@@ -95,6 +95,7 @@ RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json", CHEC
 POISONED = Kind(
     "poison", frozenset({"train", "test", "classes.txt", "key.npz", "truth.csv", "recipe.json"})
 )
+PACKED = Kind("pack", frozenset({"train", "test", "classes.txt", "manifest.json", "rows.npz"}))
 
 
 @contextmanager

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from pathlib import Path
-
 import torch
 
-from csc_gpu import data
+from csc_gpu import cache, data
 from csc_gpu.backend import Backend, Decoder, reader, usable_cores
 from csc_gpu.backend.cpu import free_memory
 from csc_gpu.types import Log, Split, quiet
@@ -37,13 +33,17 @@ def load(
         may_stream=backend is not None,
         before=before,
         skip_broken=skip_broken,
-        cache=_checked_files(source),
+        cache=cache.place("checked", source, ".bin"),
         log=log,
     )
 
 
-def _checked_files(source: str) -> Path:
-    """Where the list of files known to be whole is kept, outside the corpus."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache")
-    name = hashlib.sha256(os.path.abspath(source).encode()).hexdigest()[:16]
-    return home / "csc-gpu" / f"checked-{name}.json"
+def sound(source: str, split: Split, *, skip_broken: bool = False, log: Log = quiet) -> Split:
+    """The split of files without those that do not decode; raises CorpusError unless told to."""
+    return reader.sound(
+        split,
+        threads=usable_cores(),
+        skip_broken=skip_broken,
+        cache=cache.place("checked", source, ".bin"),
+        log=log,
+    )

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from csc_gpu.files import Files
 
 Array = Any
 """An array of the backend: numpy.ndarray with --cpu, cupy.ndarray on a GPU."""
@@ -36,7 +37,7 @@ class Corpus:
     ids: NDArray[np.int64]  # (N,) the row's number in the source
     paths: tuple[str, ...]  # N names, relative to the source
     pixels: Array | None = None  # (N, H, W, 3) uint8 RGB once resident: NumPy, or torch on a GPU
-    files: tuple[Path, ...] = ()  # N files while the pixels are on disk
+    files: Files = field(default_factory=Files)  # N places while the pixels are on disk
     read_at: tuple[int, int] | None = None  # H and W to which files are read
     file_bytes: int = 0  # most that one file takes decoded, before it is resized; 0: not known
 
@@ -72,7 +73,7 @@ class Corpus:
             ids=self.ids[rows],
             paths=tuple(self.paths[row] for row in rows),
             pixels=None if self.pixels is None else self.pixels[rows],
-            files=tuple(self.files[row] for row in rows) if self.files else (),
+            files=self.files.take(rows) if self.files else self.files,
         )
 
 

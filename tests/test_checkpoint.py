@@ -25,6 +25,7 @@ from csc_gpu.backend.passes import Portion
 from csc_gpu.checkpoint import NOWHERE, Folder, Record
 from csc_gpu.cli import cli
 from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError, Terminated
+from csc_gpu.files import Files
 from csc_gpu.models import new_model
 from csc_gpu.train import Settings, train
 from csc_gpu.types import Corpus, DefenderView, Outcome
@@ -225,7 +226,7 @@ def test_skipped_batches_are_drawn_and_not_given(skip: int, streamed: bool, tmp_
 
         for row, name in enumerate(there.paths):
             Image.fromarray(there.images[row]).save(tmp_path / name)
-        files = tuple(tmp_path / name for name in there.paths)
+        files = Files.whole(tmp_path, there.paths)
         there = replace(there, pixels=None, files=files, read_at=(8, 8), file_bytes=192)
 
     def given(skip: int) -> tuple[list[tuple[bytes, bytes]], float]:

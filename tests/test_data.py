@@ -267,7 +267,7 @@ def test_train_and_test_folders_are_the_two_parts(tmp_path: Path) -> None:
     split = opened(tmp_path)
     assert split.train.paths == ("train/cat/1.png", "train/dog/2.JPG")
     assert split.test.paths == ("test/dog/1.jpeg", "test/cat/5.Png")
-    assert split.train.files == (tmp_path / "train/cat/1.png", tmp_path / "train/dog/2.JPG")
+    assert [*split.train.files] == [tmp_path / "train/cat/1.png", tmp_path / "train/dog/2.JPG"]
     assert split.train.labels.tolist() == [0, 1]
     assert split.test.labels.tolist() == [1, 0]
 
@@ -390,7 +390,7 @@ def test_a_manifest_keeps_the_order_of_its_lines(tmp_path: Path) -> None:
     assert split.train.paths == ("c.png", "b.png")
     assert split.train.labels.tolist() == [1, 0]
     assert split.test.ids.tolist() == [0, 1]
-    assert split.test.files == (tmp_path / "a.png", tmp_path / "d.png")
+    assert [*split.test.files] == [tmp_path / "a.png", tmp_path / "d.png"]
 
 
 def test_a_manifest_may_name_absolute_paths_and_lack_a_split(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "csc_gpu"
 
 LAYERS = (
-    {"errors", "types"},
+    {"errors", "files", "cache"},
+    {"types"},
     {"config"},
     {"checkpoint"},
     {"data"},
@@ -20,7 +21,7 @@ LAYERS = (
     {"segregate", "conceal", "trigger", "recover"},
     {"witness"},
     {"csc", "attacks", "defenses", "sources"},
-    {"answers", "evaluate", "foreign", "plan"},
+    {"answers", "evaluate", "foreign", "pack", "plan"},
     {"run", "board", "progress"},
     {"pipeline", "bench"},
     {"cli", "__main__"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import struct
 import zlib
@@ -410,7 +409,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_good_file_is_checked_once_and_a_broken_one_again(
     tmp_path: Path, decoder: str, checked: list[str]
 ) -> None:
-    paths, cache = numbered(tmp_path, 4), tmp_path / "new" / "checked.json"
+    paths, cache = numbered(tmp_path, 4), tmp_path / "new" / "checked.bin"
     paths[2].write_bytes(b"text")
     calls: list[tuple[int, int]] = []
     first = loader.find_broken(paths, cache=cache)
@@ -419,12 +418,12 @@ def test_a_good_file_is_checked_once_and_a_broken_one_again(
     second = loader.find_broken(paths, cache=cache, progress=lambda *at: calls.append(at))
     assert checked == ["2.png"] and calls == [(4, 4)]
     assert first == second == [loader.Broken(paths[2], "not an image")]
-    assert [path.name for path in cache.parent.iterdir()] == ["checked.json"]
+    assert [path.name for path in cache.parent.iterdir()] == ["checked.bin"]
 
 
 @pytest.mark.parametrize("same", ["size", "time"])
 def test_a_changed_file_is_checked_again(tmp_path: Path, checked: list[str], same: str) -> None:
-    paths, cache = numbered(tmp_path, 3), tmp_path / "checked.json"
+    paths, cache = numbered(tmp_path, 3), tmp_path / "checked.bin"
     loader.find_broken(paths, cache=cache)
     checked.clear()
     content, time = paths[1].read_bytes(), paths[1].stat().st_mtime_ns
@@ -435,32 +434,32 @@ def test_a_changed_file_is_checked_again(tmp_path: Path, checked: list[str], sam
 
 
 def test_a_vanished_file_is_missing_whatever_the_cache_says(tmp_path: Path) -> None:
-    paths, cache = numbered(tmp_path, 2), tmp_path / "checked.json"
+    paths, cache = numbered(tmp_path, 2), tmp_path / "checked.bin"
     loader.find_broken(paths, cache=cache)
     paths[0].unlink()
     assert loader.find_broken(paths, cache=cache) == [loader.Broken(paths[0], "missing")]
 
 
 def test_a_cache_serves_several_sets_of_files(tmp_path: Path, checked: list[str]) -> None:
-    paths, cache = numbered(tmp_path, 4), tmp_path / "checked.json"
+    paths, cache = numbered(tmp_path, 4), tmp_path / "checked.bin"
     loader.find_broken(paths[:2], cache=cache)
     loader.find_broken(paths[2:], cache=cache)
     checked.clear()
     assert loader.find_broken(paths, cache=cache) == [] and checked == []
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[1]", b'{"good": 3}', b'{"good": {}}'])
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[1]", b'{"good": {}}'])
 def test_a_bad_cache_is_ignored_and_replaced(tmp_path: Path, content: bytes) -> None:
-    paths, cache = numbered(tmp_path, 2), tmp_path / "checked.json"
+    paths, cache = numbered(tmp_path, 2), tmp_path / "checked.bin"
     cache.write_bytes(content)
     assert loader.find_broken(paths, cache=cache) == []
-    assert set(json.loads(cache.read_text())["good"]) == {str(path) for path in paths}
+    assert len(cache.read_bytes()) == 8 * len(paths)
 
 
 def test_what_one_decoder_passed_the_other_checks_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: list[str]
 ) -> None:
-    paths, cache = numbered(tmp_path, 1), tmp_path / "checked.json"
+    paths, cache = numbered(tmp_path, 1), tmp_path / "checked.bin"
     monkeypatch.setattr(loader, "_has_dali", lambda: False)
     loader.find_broken(paths, cache=cache)
     monkeypatch.setattr(loader, "_refused_by_dali", lambda contents: [])
@@ -472,7 +471,7 @@ def test_what_one_decoder_passed_the_other_checks_again(
 def test_an_interrupted_check_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checked: list[str]
 ) -> None:
-    paths, cache = numbered(tmp_path, 6), tmp_path / "checked.json"
+    paths, cache = numbered(tmp_path, 6), tmp_path / "checked.bin"
     monkeypatch.setattr(loader, "CHECKED_TOGETHER", 2)
 
     def interrupt(done: int, total: int) -> None:

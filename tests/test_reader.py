@@ -47,7 +47,7 @@ def test_every_row_has_the_pixels_of_its_file(tmp_path: Path) -> None:
     for part in (split.train, split.test):
         wanted = [noise(6, 5, row) for row in range(len(part))]
         assert (part.images == np.stack(wanted)).all()
-        assert part.files == ()
+        assert not part.files
 
 
 def test_one_common_size_is_kept_even_if_not_square(tmp_path: Path) -> None:

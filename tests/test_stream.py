@@ -20,11 +20,13 @@ from PIL import Image
 from csc_gpu import data, sources
 from csc_gpu.backend import Augment, Batch, Decoder, loader, open_backend, resident
 from csc_gpu.errors import CorpusError
+from csc_gpu.files import Files
 from csc_gpu.types import Corpus
 
 CPU = Decoder(torch.device("cpu"), threads=1)
 GPU = Decoder(torch.device("cuda:1"), threads=3, prefetch=4, hw_load=0.25)
 SIZE = (8, 10)  # height and width, in pixels
+NOTHING: loader.Encoded = iter(())
 needs_dali = pytest.mark.skipif(not loader._has_dali(), reason="DALI is not installed")
 
 
@@ -45,7 +47,12 @@ def on_disk(folder: Path, n: int) -> Corpus:
         Image.fromarray(rng.integers(0, 256, (*SIZE, 3), np.uint8)).save(path)
     names = tuple(path.name for path in paths)
     return Corpus(
-        np.arange(n) % 3, tuple("abc"), np.arange(n), names, files=tuple(paths), read_at=SIZE
+        np.arange(n) % 3,
+        tuple("abc"),
+        np.arange(n),
+        names,
+        files=Files.whole(folder, names),
+        read_at=SIZE,
     )
 
 
@@ -219,7 +226,7 @@ def test_a_backend_streams_what_does_not_fit(
             Image.fromarray(pixels).save(path)
     backend, source = open_backend("cpu", 1), str(tmp_path / "corpus")
     there = sources.load(source, data.Settings(), backend=backend)
-    assert there.train.files == ()
+    assert not there.train.files
     monkeypatch.setattr(type(backend), "free_bytes", lambda self: 100)
     streamed = sources.load(source, data.Settings(), backend=backend)
     assert streamed.train.pixels is None and streamed.test.image_size == SIZE
@@ -245,9 +252,8 @@ class Recorder:
         names = {"decoders.image": 1, "resize": 1, "slice": 1, "flip": 1}
         ops = {name: self._operator(name, n) for name, n in names.items()}
         self.fn = SimpleNamespace(
-            readers=SimpleNamespace(file=self._operator("file", 2)),
             decoders=SimpleNamespace(image=ops["decoders.image"]),
-            external_source=self._operator("external_source", 2),
+            external_source=self._source,
             **{name: op for name, op in ops.items() if "." not in name},
         )
 
@@ -257,6 +263,10 @@ class Recorder:
             return name if n_outputs == 1 else tuple(f"{name} {i}" for i in range(n_outputs))
 
         return call
+
+    def _source(self, source: Iterator[Any], num_outputs: int) -> Any:
+        self.source = source
+        return self._operator("external_source", num_outputs)()
 
     def Pipeline(self, **how: Any) -> Recorder:  # noqa: N802
         self.calls["Pipeline"] = how
@@ -296,7 +306,7 @@ def reading(decoder: Decoder, changes: loader.Changes | None = None) -> loader.R
 
 
 def test_on_a_gpu_pixels_are_decoded_where_they_stay(recorder: Recorder) -> None:
-    loader._pipeline(reading(GPU), 2)
+    loader._pipeline(reading(GPU), 2, NOTHING)
     calls = recorder.calls
     assert calls["Pipeline"]["device_id"] == 1
     assert calls["Pipeline"]["num_threads"] == 3
@@ -304,13 +314,13 @@ def test_on_a_gpu_pixels_are_decoded_where_they_stay(recorder: Recorder) -> None
     assert calls["decoders.image"]["device"] == "mixed"
     assert calls["decoders.image"]["hw_decoder_load"] == 0.25
     assert calls["resize"]["inputs"] == ("decoders.image",)
-    assert calls["set_outputs"]["inputs"] == ("resize", "file 1")
+    assert calls["set_outputs"]["inputs"] == ("resize", "external_source 1")
 
 
 def test_without_a_gpu_the_pipeline_is_the_same_but_for_the_device(recorder: Recorder) -> None:
-    loader._pipeline(reading(CPU), 2)
+    loader._pipeline(reading(CPU), 2, NOTHING)
     told = {name: dict(how) for name, how in recorder.calls.items()}
-    loader._pipeline(reading(Decoder(GPU.device, CPU.threads)), 2)
+    loader._pipeline(reading(Decoder(GPU.device, CPU.threads)), 2, NOTHING)
     assert told["Pipeline"].pop("device_id") is None
     assert told["decoders.image"].pop("device") == "cpu"
     assert recorder.calls["Pipeline"].pop("device_id") == 1
@@ -321,12 +331,12 @@ def test_without_a_gpu_the_pipeline_is_the_same_but_for_the_device(recorder: Rec
 def test_an_image_is_shifted_before_it_is_mirrored(recorder: Recorder) -> None:
     by: NDArray[np.int64] = np.arange(8).reshape(2, 4)
     changes = loader.Changes(np.array([True, False, False, True]), by)
-    loader._pipeline(reading(GPU, changes), 2)
+    loader._pipeline(reading(GPU, changes), 2, iter([[b"a", b"b"], [b"c", b"d"]]))
     calls = recorder.calls
     assert calls["slice"]["inputs"] == ("resize",) and calls["flip"]["inputs"] == ("slice",)
-    assert calls["slice"]["start"] == "external_source 0"
-    assert calls["flip"]["horizontal"] == "external_source 1"
-    fed = [(start.tolist(), who.tolist()) for start, who in calls["external_source"]["source"]]
+    assert calls["slice"]["start"] == "external_source 2"
+    assert calls["flip"]["horizontal"] == "external_source 3"
+    fed = [(start.tolist(), who.tolist()) for *_, start, who in recorder.source]
     assert fed == [([[0, 4], [1, 5]], [1, 0]), ([[2, 6], [3, 7]], [0, 1])]
 
 
@@ -347,7 +357,7 @@ def test_on_a_gpu_outputs_are_bound_to_the_stream_that_uses_them(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_dali_itself_says_that_there_is_no_gpu() -> None:
     with pytest.raises(RuntimeError, match="while CUDA is not available"):
-        loader._pipeline(reading(GPU), 1)
+        loader._pipeline(reading(GPU), 1, NOTHING)
 
 
 # ------------------------------------------------------------------------------ memory given back

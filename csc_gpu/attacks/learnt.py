@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from csc_gpu import train
+from csc_gpu import cache, train
 from csc_gpu.attacks.attack import Attack, Learned, Pixels, Tensors
 from csc_gpu.attacks.pictures import rounded
 from csc_gpu.backend import Backend
@@ -179,8 +179,7 @@ def learnt(
 
 def cache_home() -> Path:
     """Where triggers are kept."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", "") or Path.home() / ".cache")
-    return home / "csc-gpu" / "triggers"
+    return cache.home() / "triggers"
 
 
 def cache_key(

@@ -17,6 +17,7 @@ from csc_gpu.attacks.learnt import digests, learnt
 from csc_gpu.backend import Backend
 from csc_gpu.config import names, override, parse_change
 from csc_gpu.errors import ConfigError
+from csc_gpu.files import Files
 from csc_gpu.types import AnswerKey, Corpus, Log, Mask, Split, quiet
 
 Labels = NDArray[np.int64]
@@ -362,4 +363,4 @@ def renumbered(corpus: Corpus, part: str) -> Corpus:
         f"{part}/{corpus.classes[label]}/{row:0{digits}d}.png"
         for row, label in enumerate(corpus.labels)
     )
-    return replace(corpus, ids=np.arange(len(corpus)), paths=paths, files=())
+    return replace(corpus, ids=np.arange(len(corpus)), paths=paths, files=Files())

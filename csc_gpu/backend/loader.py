@@ -17,22 +17,22 @@ No GPU has run it yet; broken files are looked for on the host all the same.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import io
-import json
 import os
 import stat
 import struct
 import sys
-import tempfile
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,11 +40,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
+from PIL.ContainerIO import ContainerIO
 
 from csc_gpu.backend import Augment, Batch, Decoder, resident
 from csc_gpu.backend.passes import WHOLE, Changes, Portion, draw, even_parts
 from csc_gpu.backend.workspace import is_out_of_memory
+from csc_gpu.cache import keep, stamp
 from csc_gpu.errors import CorpusError
+from csc_gpu.files import Piece, Place
 from csc_gpu.types import Array, Corpus
 
 Progress = Callable[[int, int], None]
@@ -56,8 +59,14 @@ CHECKED_TOGETHER = 64
 """Files that one thread checks in one go: enough to pay for a DALI pipeline (about 5 ms)."""
 DECODED_BYTES = 1 << 29
 """Most memory for the decoded images of one batch: 256 photos of 12 megapixels would take 9 GB."""
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Raise it when `find_broken` becomes stricter: older caches are then ignored."""
+READERS = 8
+"""Threads that read encoded images ahead; most of their time they wait for the disk."""
+READ_TOGETHER = 32
+"""Images that one of them reads in one go."""
+OPEN_FILES = 128
+"""Shards kept open while a pass reads pieces of them."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -77,9 +86,9 @@ class RowsMismatch(RuntimeError):
 
 @dataclass(frozen=True)
 class Broken:
-    """One file that cannot be used, and why, in one short line."""
+    """One image that cannot be used, and why, in one short line."""
 
-    path: Path
+    path: Place
     reason: str
 
 
@@ -87,68 +96,102 @@ class Broken:
 
 
 def find_broken(
-    paths: Sequence[Path],
+    places: Sequence[Place],
     *,
     cache: Path | None = None,
     progress: Progress | None = None,
     threads: int = 2,
 ) -> list[Broken]:
-    """Decode every file fully once; name those that do not decode, in the order of `paths`.
+    """Decode every image fully once; name those that do not decode, in the order of `places`.
 
-    `cache` is a JSON file that remembers the good ones by absolute path, size and dates. It is
+    `cache` is a file that remembers the good ones by place, size and dates, 8 bytes each. It is
     written even when the check is interrupted; an unreadable one is ignored.
     """
-    good = _read_cache(cache)
-    stamps = [_stamp(path) for path in paths]  # before reading: a later change will be noticed
-    rows = [
-        row
-        for row, path in enumerate(paths)
-        if stamps[row] is None or good.get(os.path.abspath(path)) != stamps[row]
-    ]
+    known = _read_cache(cache)
+    marks = _marks(places)  # before reading: a later change will be noticed
+    rows = np.flatnonzero(~np.isin(marks, known) | (marks == 0))
+    good = np.zeros(len(places), bool)
     groups = [rows[i : i + CHECKED_TOGETHER] for i in range(0, len(rows), CHECKED_TOGETHER)]
-    done = len(paths) - len(rows)
+    done = len(places) - len(rows)
     broken = []
     pool = ThreadPoolExecutor(threads)
     try:
         with _strict_pillow():
-            verdicts = pool.map(_reasons, [[paths[row] for row in group] for group in groups])
+            verdicts = pool.map(lambda group: _reasons([places[row] for row in group]), groups)
             for group, reasons in zip(groups, verdicts, strict=True):
                 for row, reason in zip(group, reasons, strict=True):
-                    stamp = stamps[row]
+                    good[row] = reason is None
                     if reason is not None:
-                        broken.append(Broken(paths[row], reason))
-                    elif stamp is not None:
-                        good[os.path.abspath(paths[row])] = stamp
+                        broken.append(Broken(places[row], reason))
                 done += len(group)
                 if progress is not None:
-                    progress(done, len(paths))
+                    progress(done, len(places))
     finally:
         pool.shutdown(cancel_futures=True)
-        if cache is not None and rows:
-            _write_cache(cache, good)
+        if cache is not None and len(rows):
+            keep(cache, np.union1d(known, marks[good]).astype("<u8").tobytes())
     return broken
 
 
-def _reasons(paths: Sequence[Path]) -> list[str | None]:
-    """Why each file is broken, None for a good one; the file is read once for both decoders."""
-    contents = [_contents(path) for path in paths]
+def _marks(places: Sequence[Place]) -> NDArray[np.uint64]:
+    """What tells each image, as it is now and for this decoder, from all others. 0: no file"""
+    stamp_of = lru_cache(OPEN_FILES)(stamp)  # for pieces of one file
+    kind = f"{CACHE_VERSION} {'dali' if _has_dali() else 'pillow'}"
+
+    def mark(place: Place) -> int:
+        path, *piece = place if isinstance(place, Piece) else (place,)
+        now = stamp_of(path)
+        told = f"{kind} {os.path.abspath(path)} {piece} {now}".encode(errors="surrogateescape")
+        return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest()) if now else 0
+
+    return np.fromiter(map(mark, places), np.uint64, len(places))
+
+
+def _read_cache(cache: Path | None) -> NDArray[np.uint64]:
+    """The marks of images known to be good; none when in doubt."""
+    try:
+        content = cache.read_bytes() if cache else b""
+    except OSError:
+        content = b""
+    return np.frombuffer(content if len(content) % 8 == 0 else b"", "<u8").astype(np.uint64)
+
+
+def _reasons(places: Sequence[Place]) -> list[str | None]:
+    """Why each image is broken, None for a good one; it is read once for both decoders."""
+    contents = [contents_of(place) for place in places]
     reasons = [c if isinstance(c, str) else _pillow_reason(c) for c in contents]
     if _has_dali():
         passed = [row for row, reason in enumerate(reasons) if reason is None]
         images = [cast(bytes, contents[row]) for row in passed]
         for at in _refused_by_dali(images):
-            reasons[passed[at]] = f"DALI cannot decode this {_signature(images[at])}"
+            reasons[passed[at]] = f"DALI cannot decode this {signature(images[at])}"
     return reasons
 
 
-def _contents(path: Path) -> bytes | str:
-    """The bytes of a file, or as a str the reason why there are none."""
+class Handle:
+    """A file open for reading at any place, by several threads; closed when nobody needs it."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def contents_of(place: Place, handle: Callable[[Path], Handle] = Handle) -> bytes | str:
+    """The encoded bytes of an image, or as a str the reason why there are none."""
+    path = place.path if isinstance(place, Piece) else place
     try:
         str(path).encode()
+        if isinstance(place, Piece):
+            file = handle(path)  # held, so that it stays open
+            content = os.pread(file.number, place.size, place.start)
+            return content if len(content) == place.size else "the shard ends before it"
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
             return "not a regular file"
         return path.read_bytes() or "empty file"
-    except UnicodeEncodeError:  # DALI takes no other names
+    except UnicodeEncodeError:  # suspects.csv could not name it
         return "file name is not UTF-8"
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
@@ -158,7 +201,7 @@ def _contents(path: Path) -> bytes | str:
 
 def _pillow_reason(content: bytes) -> str | None:
     """Why Pillow cannot decode this file fully, None when it can."""
-    kind = _signature(content)
+    kind = signature(content)
     if kind is None:
         try:
             with Image.open(io.BytesIO(content)) as image:
@@ -179,7 +222,7 @@ def _pillow_reason(content: bytes) -> str | None:
     return None
 
 
-def _signature(content: bytes) -> str | None:
+def signature(content: bytes) -> str | None:
     """The format by the first bytes, which is all that DALI looks at too: names may lie."""
     return next((kind for head, kind in SIGNATURES.items() if content.startswith(head)), None)
 
@@ -219,73 +262,36 @@ def _strict_pillow() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _stamp(path: Path) -> list[int] | None:
-    """Size, mtime and ctime in ns, None when there is no such file.
-
-    Poisoned sets have files of one size and one mtime, so these alone would not show a change.
-    """
-    try:
-        status = path.stat()
-    except (OSError, UnicodeEncodeError):
-        return None
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-
-
-def _cache_kind() -> dict[str, object]:
-    """What a cache must say about itself to be believed here."""
-    return {"version": CACHE_VERSION, "decoder": "dali" if _has_dali() else "pillow"}
-
-
-def _read_cache(cache: Path | None) -> dict[str, object]:
-    """Stamp of every file known to be good, by absolute path; nothing when in doubt."""
-    if cache is None:
-        return {}
-    try:
-        known = json.loads(cache.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(known, dict) or not isinstance(known.get("good"), dict):
-        return {}
-    if any(known.get(key) != value for key, value in _cache_kind().items()):
-        return {}
-    return cast(dict[str, object], known["good"])
-
-
-def _write_cache(cache: Path, good: dict[str, object]) -> None:
-    """Replace the cache in one step; not being able to is a warning, for the check is done."""
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=cache.parent, prefix=f".{cache.name}.")
-        try:
-            with open(handle, "w", encoding="utf-8") as file:
-                json.dump({**_cache_kind(), "good": good}, file)
-            os.replace(name, cache)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        warnings.warn(f"cannot remember the checked files in {cache}: {error}", stacklevel=3)
-
-
 # -------------------------------------------------------------------------------- size, pixels
 
 
-def image_sizes(paths: Sequence[Path]) -> NDArray[np.int64]:
-    """Height and width of each file, from its header, as `decode` sees it upright. (N, 2)"""
-    sizes = np.empty((len(paths), 2), dtype=np.int64)
-    for row, path in enumerate(paths):
+def image_sizes(places: Sequence[Place]) -> NDArray[np.int64]:
+    """Height and width of each image, from its header, as `decode` sees it upright. (N, 2)"""
+    sizes = np.empty((len(places), 2), dtype=np.int64)
+    for row, place in enumerate(places):
         try:
-            with Image.open(path, formats=FORMATS) as image:
+            with header(place) as file, Image.open(file, formats=FORMATS) as image:
                 width, height = image.size
                 turned = _orientation(image) >= 5
         except (OSError, Image.DecompressionBombError) as error:
-            raise _blame(path) from error
+            raise _blame(place) from error
         sizes[row] = (width, height) if turned else (height, width)
     return sizes
 
 
+@contextmanager
+def header(place: Place) -> Iterator[Any]:
+    """The image as a file of which only the beginning need be read."""
+    if isinstance(place, Piece):
+        with place.path.open("rb") as file:
+            yield ContainerIO(file, place.start, place.size)
+    else:
+        with place.open("rb") as file:
+            yield file
+
+
 def decode(
-    paths: Sequence[Path],
+    places: Sequence[Place],
     *,
     height: int,
     width: int,
@@ -293,17 +299,17 @@ def decode(
     batch: int = 256,
     progress: Progress | None = None,
 ) -> Array:
-    """Decode and resize all files. (N, height, width, 3) uint8 RGB, row i is paths[i]
+    """Decode and resize all images. (N, height, width, 3) uint8 RGB, row i is places[i]
 
     NumPy with a decoder on the processor; a torch tensor on the decoder's device otherwise.
-    `batch` shrinks for large photos. Raises CorpusError for a file that `find_broken` would name.
+    `batch` shrinks for large photos. Raises CorpusError for one that `find_broken` would name.
     """
-    total = len(paths)
+    total = len(places)
     out = torch.empty((total, height, width, 3), dtype=torch.uint8, device=decoder.device)
     if total:
-        largest = 3 * int(image_sizes(paths).prod(axis=1).max())  # bytes
+        largest = 3 * int(image_sizes(places).prod(axis=1).max())  # bytes
         batch = max(1, min(batch, total, DECODED_BYTES // largest))
-        reading = Reading(paths, np.arange(total), height, width, batch, decoder)
+        reading = Reading(places, np.arange(total), height, width, batch, decoder)
         runs = _read(reading)
         for run in range(reading.n_runs):
             wanted = reading.rows[reading.part(run)]
@@ -350,7 +356,7 @@ def stream(
     full = runs_a_part * batch
     at = np.concatenate([np.pad(part, (0, full - len(part)), mode="edge") for part in parts])
     changes = None if drawn is None else Changes(drawn.mirrored[at], drawn.by[:, at])
-    files = [corpus.files[row] for row in order[at]]
+    files = corpus.files.take(order[at])
     reading = Reading(files, order[at], height, width, batch, decoder, changes=changes)
     all_rows = torch.from_numpy(order).to(device)
     all_labels = torch.from_numpy(corpus.labels).to(device)[all_rows]
@@ -383,23 +389,23 @@ def release() -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """One pass over files, in runs of equal length."""
+    """One pass over images, in runs of equal length."""
 
-    paths: Sequence[Path]  # n, in the order of reading
+    places: Sequence[Place]  # n, in the order of reading
     rows: NDArray[np.int64]  # (n,) what to call them
     height: int  # pixels, as is the width
     width: int
-    batch: int  # files in a run
+    batch: int  # images in a run
     decoder: Decoder
-    changes: Changes | None = None  # of n images, in the order of paths
+    changes: Changes | None = None  # of n images, in the order of places
 
     @property
     def n_runs(self) -> int:
         """How many runs it takes, the last one filled up or short."""
-        return -(-len(self.paths) // self.batch)
+        return -(-len(self.places) // self.batch)
 
     def part(self, run: int) -> slice:
-        """The places in `paths` of a run, counted from 0, if the order is kept."""
+        """Where in `places` a run lies, counted from 0."""
         return slice(run * self.batch, (run + 1) * self.batch)
 
 
@@ -414,28 +420,72 @@ def _read(reading: Reading) -> Runs:
 
 
 def _read_dali(reading: Reading) -> Runs:
-    """Every file once, by DALI. With a CUDA device not yet run on a GPU."""
+    """Every image once, by DALI. With a CUDA device not yet run on a GPU."""
     device = reading.decoder.device
     ahead = min(reading.decoder.prefetch, reading.n_runs)
-    pipeline = _pipeline(reading, ahead)
-    for number in range(reading.n_runs):
-        # what is read ahead may break ahead, and DALI's reader is one run ahead of the pipeline
-        near = slice(reading.part(number).start, reading.part(number + ahead + 1).stop)
-        suspects = reading.paths[near]
-        if number == 0:
-            _or_blame(pipeline.schedule_run, suspects)  # the first call schedules `ahead` runs
-        current = None if device.type == "cpu" else torch.cuda.current_stream(device)
-        share = partial(pipeline.share_outputs, cuda_stream=current)
-        images, rows = _or_blame(share, suspects)
-        pixels = torch.utils.dlpack.from_dlpack(images.as_tensor())
-        yield rows.as_array()[:, 0].astype(np.int64), pixels
-        pipeline.release_outputs()
-        if number + ahead < reading.n_runs:
-            _or_blame(pipeline.schedule_run, suspects)
+    with _encoded(reading) as encoded:
+        pipeline = _pipeline(reading, ahead, encoded)
+        for number in range(reading.n_runs):
+            # what is read ahead may break ahead
+            near = slice(reading.part(number).start, reading.part(number + ahead).stop)
+            suspects = reading.places[near]
+            if number == 0:
+                for _ in range(ahead):
+                    _or_blame(pipeline.schedule_run, suspects)
+            current = None if device.type == "cpu" else torch.cuda.current_stream(device)
+            share = partial(pipeline.share_outputs, cuda_stream=current)
+            images, rows = _or_blame(share, suspects)
+            pixels = torch.utils.dlpack.from_dlpack(images.as_tensor())
+            yield rows.as_array()[:, 0], pixels
+            pipeline.release_outputs()
+            if number + ahead < reading.n_runs:
+                _or_blame(pipeline.schedule_run, suspects)
 
 
-def _pipeline(reading: Reading, ahead: int) -> Any:
-    """The pipeline from files to (images, rows), the rows on the host.
+Encoded = Iterator[list[bytes]]
+"""The encoded images of one run after the other."""
+
+
+@contextmanager
+def _encoded(reading: Reading) -> Iterator[Encoded]:
+    """Reads a pass's images with threads, as many runs ahead of need as the decoder works on.
+
+    Raises CorpusError, which names the image, where one cannot be read.
+    """
+    handle = lru_cache(OPEN_FILES)(Handle)
+    pool = ThreadPoolExecutor(READERS)
+
+    def some(start: int, stop: int) -> list[bytes]:
+        contents = []
+        for place in reading.places[start:stop]:
+            content = contents_of(place, handle)
+            if isinstance(content, str):
+                raise _blame(place, content)
+            contents.append(content)
+        return contents
+
+    def run_of(number: int) -> list[Future[list[bytes]]]:
+        here = reading.part(number)
+        stop = min(here.stop, len(reading.places))
+        starts = range(here.start, stop, READ_TOGETHER)
+        return [pool.submit(some, at, min(at + READ_TOGETHER, stop)) for at in starts]
+
+    def runs() -> Encoded:
+        begun = deque(run_of(number) for number in range(min(ahead, reading.n_runs)))
+        for number in range(reading.n_runs):
+            if number + ahead < reading.n_runs:
+                begun.append(run_of(number + ahead))
+            yield [content for part in begun.popleft() for content in part.result()]
+
+    ahead = reading.decoder.prefetch
+    try:
+        yield runs()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _pipeline(reading: Reading, ahead: int, encoded: Encoded) -> Any:
+    """The pipeline from encoded images to (images, rows), the rows on the host.
 
     Here alone a device is chosen for reading. Raises DALI's RuntimeError where there is no GPU.
     """
@@ -447,17 +497,13 @@ def _pipeline(reading: Reading, ahead: int) -> Any:
         seed=0,
         prefetch_queue_depth=ahead,
     )
+    changes = reading.changes
     with pipeline:
-        encoded, rows = dali.fn.readers.file(
-            files=[os.path.abspath(path) for path in reading.paths],
-            labels=reading.rows.tolist(),
-            random_shuffle=False,  # a pass is shuffled by the order of its files
-            pad_last_batch=True,
-            # not mmap, the default: a file that shrinks while it is read would be a bus error
-            dont_use_mmap=True,
+        images, rows, *changed = dali.fn.external_source(
+            source=_fed(reading, encoded), num_outputs=2 if changes is None else 4
         )
         images = dali.fn.decoders.image(
-            encoded,
+            images,
             device="cpu" if decoder.device.type == "cpu" else "mixed",
             hw_decoder_load=decoder.hw_load,  # means nothing to the processor
             output_type=dali.types.RGB,
@@ -471,10 +517,8 @@ def _pipeline(reading: Reading, ahead: int) -> Any:
             interp_type=dali.types.INTERP_LINEAR,
             antialias=True,
         )
-        if reading.changes is not None:
-            start, mirrored = dali.fn.external_source(
-                source=_changes_of_runs(reading, reading.changes), num_outputs=2
-            )
+        if changes is not None:
+            start, mirrored = changed
             images = dali.fn.slice(
                 images,
                 start=start,
@@ -489,13 +533,18 @@ def _pipeline(reading: Reading, ahead: int) -> Any:
     return pipeline
 
 
-def _changes_of_runs(
-    reading: Reading, changes: Changes
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-    """For each run from where its images are read, and who is mirrored. (B, 2), (B,)"""
-    for run in range(reading.n_runs):
+def _fed(reading: Reading, encoded: Encoded) -> Iterator[tuple[Any, ...]]:
+    """For each run its images, (B,) of bytes, and rows, (B, 1); if they are changed also from where
+    they are read, (B, 2), and who is mirrored, (B,)."""
+    for run, contents in enumerate(encoded):
         here = reading.part(run)
-        yield changes.by[:, here].T.astype(np.int32), changes.mirrored[here].astype(np.int32)
+        images = [np.frombuffer(content, np.uint8) for content in contents]
+        fed = images, reading.rows[here, None]
+        if reading.changes is None:
+            yield fed
+        else:
+            by, mirrored = reading.changes.by[:, here].T, reading.changes.mirrored[here]
+            yield *fed, by.astype(np.int32), mirrored.astype(np.int32)
 
 
 def _refused_by_dali(contents: Sequence[bytes]) -> list[int]:
@@ -542,16 +591,15 @@ def _that_fit(contents: Sequence[bytes]) -> Iterator[list[int]]:
 
 
 def _read_pil(reading: Reading) -> Runs:
-    """Every file once, by Pillow, where there is no DALI."""
+    """Every image once, by Pillow, where there is no DALI."""
     decoded = partial(_decoded_pil, height=reading.height, width=reading.width)
-    with ThreadPoolExecutor(reading.decoder.threads) as pool:
-        for run in range(reading.n_runs):
+    with _encoded(reading) as encoded, ThreadPoolExecutor(reading.decoder.threads) as pool:
+        for run, contents in enumerate(encoded):
             here = reading.part(run)
-            paths = reading.paths[here]
             images = []
-            for path, image in zip(paths, pool.map(decoded, paths), strict=True):
+            for at, image in enumerate(pool.map(decoded, contents), here.start):
                 if image is None:
-                    raise _blame(path)
+                    raise _blame(reading.places[at])
                 images.append(image)
             pixels = torch.from_numpy(np.stack(images))
             if reading.changes is not None:
@@ -561,10 +609,10 @@ def _read_pil(reading: Reading) -> Runs:
             yield reading.rows[here], pixels.to(reading.decoder.device)
 
 
-def _decoded_pil(path: Path, height: int, width: int) -> NDArray[np.uint8] | None:
-    """One file by Pillow, None when it does not decode. (height, width, 3)"""
+def _decoded_pil(content: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
+    """One image by Pillow, None when it does not decode. (height, width, 3)"""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.load()
             image.info.pop("transparency", None)  # dropped like every alpha, and without a warning
             upright = _UPRIGHT.get(_orientation(image))
@@ -610,34 +658,32 @@ def _has_dali() -> bool:
         return False
 
 
-def _or_blame(step: Callable[[], Any], paths: Sequence[Path]) -> Any:
-    """step(); when DALI breaks, a CorpusError that names the file among `paths`."""
+def _or_blame(step: Callable[[], Any], places: Sequence[Place]) -> Any:
+    """step(); when DALI breaks, a CorpusError that names the image among `places`."""
     try:
         return step()
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise
-        text = str(error)
-        named = [path for path in paths if os.path.abspath(path) in text]
-        if named:
-            raise _blame(max(named, key=lambda path: len(str(path)))) from error
-        # DALI names no file that it cannot recognise: look for the first bad one ourselves
+        # DALI knows no names: look for the first bad one ourselves
         with _strict_pillow():
-            found = next((path for path in paths if _reasons([path]) != [None]), None)
+            reasons = ((place, _reasons([place])[0]) for place in places)
+            found = next(((place, reason) for place, reason in reasons if reason), None)
         if found is not None:
-            raise _blame(found) from error
-        said = [line for line in text.splitlines() if line.strip()]
+            raise _blame(*found) from error
+        said = [line for line in str(error).splitlines() if line.strip()]
         reason = next(
             (said[i + 1] for i, s in enumerate(said[:-1]) if s == "encountered:"), said[0]
         )
         raise CorpusError(f"cannot decode the images: {reason}") from error
 
 
-def _blame(path: Path) -> CorpusError:
-    """The error for one file that was expected to decode."""
-    with _strict_pillow():
-        reason = _reasons([path])[0]
+def _blame(place: Place, reason: str | None = None) -> CorpusError:
+    """The error for one image that was expected to decode."""
+    if reason is None:
+        with _strict_pillow():
+            reason = _reasons([place])[0]
     return CorpusError(
-        f"cannot decode {path}: {reason or 'it changed while it was read'}; "
+        f"cannot decode {place}: {reason or 'it changed while it was read'}; "
         "replace or remove it, then check the files again"
     )

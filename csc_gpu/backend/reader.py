@@ -19,6 +19,7 @@ from csc_gpu import data
 from csc_gpu.backend import Decoder
 from csc_gpu.backend.loader import decode, find_broken, image_sizes
 from csc_gpu.errors import CorpusError
+from csc_gpu.files import Files
 from csc_gpu.types import Corpus, Log, Split, quiet
 
 LARGEST_SIDE = 224
@@ -54,7 +55,7 @@ def read(
     that fit neither way.
     """
     if split.train.files:
-        split = _without_broken(split, decoder.threads, skip_broken, cache, log)
+        split = sound(split, threads=decoder.threads, skip_broken=skip_broken, cache=cache, log=log)
     height, width = common_size(split.train, settings.size)
     if min(height, width) < SMALLEST_SIDE:
         raise CorpusError(
@@ -71,7 +72,7 @@ def read(
     before(split, (height, width), too_large)
     if too_large:
         log("stream", bytes=n_bytes, room=free)
-        sizes = image_sizes([*split.train.files, *split.test.files])
+        sizes = image_sizes(split.train.files + split.test.files)
         read_at, file_bytes = (height, width), 3 * int(sizes.prod(axis=1).max())
         return replace(
             split,
@@ -87,32 +88,40 @@ def read(
     )
 
 
-def _without_broken(
-    split: Split, threads: int, skip_broken: bool, cache: Path | None, log: Log
+def sound(
+    split: Split,
+    *,
+    threads: int,
+    skip_broken: bool = False,
+    cache: Path | None = None,
+    log: Log = quiet,
 ) -> Split:
+    """The split of files without those that do not decode; raises CorpusError unless told to."""
     train, test = split.train, split.test
-    name = dict(zip((*train.files, *test.files), (*train.paths, *test.paths), strict=True))
+    files = train.files + test.files
     found = find_broken(
-        [*train.files, *test.files],
+        files,
         cache=cache,
         progress=lambda done, total: log("check", done=done, total=total),
         threads=threads,
     )
     if not found:
         return split
+    reason = {one.path: one.reason for one in found}
+    bad = [row for row, place in enumerate(files) if place in reason]
+    names = train.paths + test.paths
     if not skip_broken:
-        some = ", ".join(f"{name[one.path]} ({one.reason})" for one in found[:NAMED])
-        more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+        some = ", ".join(f"{names[row]} ({reason[files[row]]})" for row in bad[:NAMED])
+        more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
         raise CorpusError(
-            f"{len(found)} of {len(train) + len(test)} images do not decode: {some}{more}; "
+            f"{len(bad)} of {len(names)} images do not decode: {some}{more}; "
             "replace or remove them, or pass --skip-broken to leave them out"
         )
-    bad = {one.path for one in found}
-    train, test = (
-        part.take(np.flatnonzero([file not in bad for file in part.files]))
-        for part in (train, test)
-    )
-    broken = tuple(f"{name[one.path]}: {one.reason}" for one in found)
+    is_sound = np.ones(len(names), bool)
+    is_sound[bad] = False
+    of_train, of_test = np.split(is_sound, [len(train)])
+    train, test = train.take(np.flatnonzero(of_train)), test.take(np.flatnonzero(of_test))
+    broken = tuple(f"{names[row]}: {reason[files[row]]}" for row in bad)
     return data.checked(Split(train, test, broken), "without the broken files")
 
 
@@ -141,7 +150,7 @@ def _too_large(n_bytes: int, height: int, width: int, free: int) -> CorpusError:
 def _decoded(split: Split, height: int, width: int, decoder: Decoder, log: Log) -> Split:
     """The same split with the pixels of its files, (N, height, width, 3)."""
     pixels = decode(
-        [*split.train.files, *split.test.files],
+        split.train.files + split.test.files,
         height=height,
         width=width,
         decoder=decoder,
@@ -150,8 +159,8 @@ def _decoded(split: Split, height: int, width: int, decoder: Decoder, log: Log) 
     n_train = len(split.train)
     return replace(
         split,
-        train=replace(split.train, pixels=pixels[:n_train], files=()),
-        test=replace(split.test, pixels=pixels[n_train:], files=()),
+        train=replace(split.train, pixels=pixels[:n_train], files=Files()),
+        test=replace(split.test, pixels=pixels[n_train:], files=Files()),
     )
 
 

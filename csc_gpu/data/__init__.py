@@ -16,6 +16,8 @@ from csc_gpu.data.digits import open_digits
 from csc_gpu.data.folders import open_folder
 from csc_gpu.data.holdout import held_out
 from csc_gpu.data.manifests import open_manifest
+from csc_gpu.data.packed import is_packed, open_packed
+from csc_gpu.data.shards import has_shards, open_shards
 from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.types import Corpus, Split
 
@@ -85,7 +87,9 @@ def checked(split: Split, name: str) -> Split:
 def _opened(source: str) -> tuple[Corpus, Corpus | None]:
     path = Path(source)
     if path.is_dir():
-        return open_folder(path)
+        if is_packed(path):
+            return open_packed(path)
+        return open_shards(path) if has_shards(path) else open_folder(path)
     if path.is_file() and path.suffix.lower() == ".npz":
         return open_arrays(path)
     if path.is_file() and path.suffix.lower() == ".csv":

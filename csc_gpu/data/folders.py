@@ -7,17 +7,26 @@ are the folders that hold images, sorted.
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 
+from csc_gpu import cache
 from csc_gpu.data.order import class_order, natural
 from csc_gpu.errors import CorpusError
+from csc_gpu.files import Files
 from csc_gpu.types import Corpus
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 CLASS_LIST = "classes.txt"
+
+WORTH_KEEPING = 10_000
+"""Images from which on a listing is kept: shorter ones take no time."""
+SETTLED = 2_000_000_000
+"""Nanoseconds after which a change would show in a folder's date."""
 
 Listing = list[tuple[str, str]]
 """(file name, class), one for each image."""
@@ -26,11 +35,16 @@ Listing = list[tuple[str, str]]
 def open_folder(folder: Path) -> tuple[Corpus, Corpus | None]:
     """The train and test parts of a folder of image files; None if it has no test part."""
     parts = [""]
-    if (folder / "train").is_dir() and _subfolders(folder / "train"):
+    if (folder / "train").is_dir() and subfolders(folder / "train"):
         parts = ["train", "test"] if (folder / "test").is_dir() else ["train"]
     listings = [_listing(folder / part) for part in parts]
     present = class_order(name for listing in listings for _, name in listing)
-    classes = _listed_classes(folder / CLASS_LIST, present) or present
+    classes = listed_classes(folder / CLASS_LIST) or present
+    unlisted = [name for name in present if name not in classes]
+    if unlisted:
+        raise CorpusError(
+            f"{folder / CLASS_LIST} does not name the class folder {unlisted[0]!r}; add it there"
+        )
     corpora = [
         _corpus(folder, part, listing, classes)
         for part, listing in zip(parts, listings, strict=True)
@@ -38,12 +52,14 @@ def open_folder(folder: Path) -> tuple[Corpus, Corpus | None]:
     return corpora[0], corpora[1] if len(corpora) == 2 else None
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """The names of the folders in it, but for hidden ones."""
     with os.scandir(folder) as entries:
         return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
 
 
-def _images(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
+    """The names of the images that lie directly in it."""
     # by name alone: a link to nowhere must be listed, to be found broken later
     with os.scandir(folder) as entries:
         return [
@@ -56,9 +72,42 @@ def _images(folder: Path) -> list[str]:
 
 
 def _listing(folder: Path) -> Listing:
-    found = [(file, name) for name in _subfolders(folder) for file in _images(folder / name)]
+    """Every image and its class, in order; kept where it is long, and true until a folder changes.
+
+    A change shows in the date of the folder that it lies in. One of the last moments might leave
+    the date as it is, so folders that young are listed anew.
+    """
+    names = subfolders(folder)
+    dates = {name: (folder / name).stat().st_mtime_ns for name in (".", *names)}
+    kept = cache.place("listing", folder, ".json")
+    listing = _recalled(kept, dates)
+    if listing is None:
+        listing = _walked(folder, names)
+        settled = max(dates.values()) < time.time_ns() - SETTLED
+        if len(listing) >= WORTH_KEEPING and settled:
+            told = {"dates": dates, "files": [file for file, _ in listing]}
+            place = {name: at for at, name in enumerate(names)}
+            classes = [place[name] for _, name in listing]
+            cache.keep(kept, json.dumps(told | {"names": names, "classes": classes}).encode())
+    return listing
+
+
+def _recalled(kept: Path, dates: dict[str, int]) -> Listing | None:
+    """The listing that is kept, None if there is none or folders have changed since."""
+    try:
+        told = json.loads(kept.read_bytes())
+        if told["dates"] != dates:
+            return None
+        names = told["names"]
+        return [(file, names[at]) for file, at in zip(told["files"], told["classes"], strict=True)]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def _walked(folder: Path, names: list[str]) -> Listing:
+    found = [(file, name) for name in names for file in images_in(folder / name)]
     if not found:
-        fault = "images lie directly in it" if _images(folder) else "no images in class folders"
+        fault = "images lie directly in it" if images_in(folder) else "no images in class folders"
         raise CorpusError(
             f"{folder}: {fault}; put every .jpg, .jpeg or .png into a folder named after its class"
         )
@@ -66,7 +115,7 @@ def _listing(folder: Path) -> Listing:
     return sorted(found, key=lambda row: (natural(row[0]), classes[row[1]]))
 
 
-def _listed_classes(path: Path, present: tuple[str, ...]) -> tuple[str, ...]:
+def listed_classes(path: Path) -> tuple[str, ...]:
     """The names in classes.txt, () if there is no such file."""
     if not path.is_file():
         return ()
@@ -77,9 +126,6 @@ def _listed_classes(path: Path, present: tuple[str, ...]) -> tuple[str, ...]:
     classes = tuple(line.strip() for line in lines if line.strip())
     if len(set(classes)) < len(classes):
         raise CorpusError(f"{path} names a class twice")
-    unlisted = [name for name in present if name not in classes]
-    if unlisted:
-        raise CorpusError(f"{path} does not name the class folder {unlisted[0]!r}; add it there")
     return classes
 
 
@@ -92,5 +138,5 @@ def _corpus(folder: Path, part: str, listing: Listing, classes: tuple[str, ...])
         classes=classes,
         ids=np.arange(len(listing)),
         paths=paths,
-        files=tuple(folder / path for path in paths),
+        files=Files.whole(folder, paths),
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from csc_gpu.data.order import class_order
 from csc_gpu.errors import CorpusError
+from csc_gpu.files import Files
 from csc_gpu.types import Corpus
 
 
@@ -65,10 +66,11 @@ def _lines(manifest: Path) -> list[Line]:
 
 def _corpus(folder: Path, lines: list[Line], classes: tuple[str, ...]) -> Corpus:
     label = {name: place for place, name in enumerate(classes)}
+    paths = tuple(line.path for line in lines)
     return Corpus(
         labels=np.array([label[line.label] for line in lines], np.int64),
         classes=classes,
         ids=np.arange(len(lines)),
-        paths=tuple(line.path for line in lines),
-        files=tuple(folder / line.path for line in lines),
+        paths=paths,
+        files=Files.whole(folder, paths),
     )

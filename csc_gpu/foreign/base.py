@@ -63,7 +63,7 @@ def read_clean(source: str, log: Log) -> Split:
         raise CorpusError(f"{source} has no test part of its own; --clean must have train and test")
     side = 0
     if split.train.files:
-        sizes = image_sizes([*split.train.files, *split.test.files])
+        sizes = image_sizes(split.train.files + split.test.files)
         if (sizes != sizes[0]).any():
             raise CorpusError(f"{source}: images are of several sizes; resize as the attack did")
         side = int(sizes[0, 0]) if sizes[0].max() > LARGEST_SIDE else 0  # or it would be shrunk
