@@ -654,6 +654,7 @@ FLOATS, GRID = torch.zeros(N, 3, SIDE, SIDE), torch.zeros(1, SIDE, SIDE, 2)
         (saved("imgs", FLOATS[:, :1]), r"imgs must be \(N, 3, H, W\), but is \(60, 1, 8, 8\)"),
         (saved("imgs", FLOATS.byte()), "imgs must be a tensor of floats"),
         (saved("imgs", [1, 2]), "imgs must be a tensor of floats"),
+        (saved("imgs", list(FLOATS)), "imgs must be a tensor of floats"),
         (saved("imgs", FLOATS - 2), "not normalised, but holds -2..-2"),
         (saved("imgs", FLOATS / 0), "not normalised, but holds nan"),
         (saved("imgs", torch.zeros(N, 3, 9, 9)), "images of 9x9, the clean data set of 8x8"),

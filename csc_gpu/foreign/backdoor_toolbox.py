@@ -103,10 +103,7 @@ def _images(folder: Path, n_rows: int, log: Log) -> NDArray[np.uint8]:
 
 def _quantised(images: Any, n_rows: int, what: str) -> NDArray[np.uint8]:
     """Floats (N, 3, H, W) as the nearest grey levels. (N, H, W, 3)"""
-    wanted = "a tensor of floats (N, 3, H, W)"
-    found = plain_array(images, what, wanted)  # mapped to the file: read part by part
-    if found.dtype.kind != "f" or found.ndim != 4:
-        raise CorpusError(f"{what} must be {wanted}")
+    found = _floats(images, what, "a tensor of floats (N, 3, H, W)")
     n, channels, height, width = found.shape
     if channels != 3 or not height * width:
         raise CorpusError(f"{what} must be (N, 3, H, W), but is {found.shape}")
@@ -142,6 +139,14 @@ def _numbered(folder: Path, n_rows: int) -> list[Path]:
     return [folder / name for name in wanted]
 
 
+def _floats(value: Any, what: str, wanted: str) -> NDArray[Any]:
+    """A tensor of floats with four dimensions, mapped to the file still: read it part by part."""
+    found = plain_array(value if isinstance(value, torch.Tensor) else None, what, wanted)
+    if found.dtype.kind != "f" or found.ndim != 4:
+        raise CorpusError(f"{what} must be {wanted}")
+    return found
+
+
 # --- rows and grids -------------------------------------------------------------------------------
 
 
@@ -160,8 +165,8 @@ def _stored_grids(folder: Path) -> dict[str, Floats]:
 
 def _grid(path: Path) -> Floats:
     wanted = "a tensor of finite floats (1, H, W, 2)"
-    grid = plain_array(torch_files.load(path), f"{path}", wanted)
-    if grid.dtype.kind != "f" or grid.ndim != 4 or grid.shape[::3] != (1, 2):
+    grid = _floats(torch_files.load(path), f"{path}", wanted)
+    if grid.shape[::3] != (1, 2):
         raise CorpusError(f"{path} must be {wanted}")
     with np.errstate(over="ignore"):
         found = np.ascontiguousarray(grid, np.float32)
