@@ -56,8 +56,13 @@ class Watch:
         require(self, "watch", "above 0", lambda value: 0 < value < math.inf, "epochs", "every")
 
     def steps(self, budget: train.Budget) -> set[int]:
-        """The optimiser steps after which a snapshot is taken."""
+        """The optimiser steps after which a snapshot is taken; ConfigError if there is none."""
         count = int(min(self.epochs, budget.epochs) / self.every + 1e-9)
+        if not count:
+            raise ConfigError(
+                f"no snapshot falls into the first {self.epochs} epochs at one every "
+                f"{self.every}; lower watch.every or raise watch.epochs"
+            )
         at = (max(1, round((i + 1) * self.every * budget.steps_per_epoch)) for i in range(count))
         return {min(step, budget.steps) for step in at}
 
@@ -118,11 +123,6 @@ def learn(
     model = fresh_model(corpus, settings, backend, seed=seed)
     plan = train.budget(len(corpus), settings.train)
     watched = settings.watch.steps(plan)
-    if not watched:
-        raise ConfigError(
-            f"no snapshot falls into the first {settings.watch.epochs} epochs at one every "
-            f"{settings.watch.every}; lower watch.every or raise watch.epochs"
-        )
     scales = segregate.looked_at(sorted(watched), settings.segregate)
     seen: dict[int, Sighting] = {}
     stored: dict[int, NDArray[Any]] = {}  # features on the host: not needed on the device again
