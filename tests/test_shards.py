@@ -240,6 +240,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "twice": (told(lambda m: m["shards"].append(m["shards"][0])), "no shard, or one twice"),
     "no classes": (told(lambda m: m.pop("classes")), "damaged"),
     "classes": (told(lambda m: m.update(classes=["a", "a"])), "none twice"),
+    "cut manifest": (lambda out: os.truncate(out / packed.MANIFEST, 99), "is damaged"),
     "version": (told(lambda m: m.update(version=9)), "version 9"),
     "negative": (told(lambda m: m["shards"][0].update(rows=-1)), "damaged"),
     "not a list": (told(lambda m: m.update(shards=7)), "damaged"),

@@ -46,11 +46,13 @@ class Shard:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether it holds a manifest of ours, or one that says so."""
+    """Whether it holds a manifest of ours, or a damaged one beside its table."""
     try:
         told = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except OSError:
         return False
+    except (ValueError, RecursionError):
+        return (folder / ROWS).exists()
     return isinstance(told, dict) and told.get("format") == FORMAT
 
 
@@ -112,16 +114,14 @@ def described(folder: Path, file: str, rows: int) -> dict[str, Any]:
 
 def _manifest(path: Path) -> tuple[tuple[str, ...], list[Shard], Shard]:
     """Classes, shards and the table of rows."""
-    told = json.loads(path.read_bytes())
-    if told.get("version") != VERSION:
-        raise CorpusError(
-            f"{path} is of version {told.get('version')!r}, not {VERSION}; pack the corpus again"
-        )
     try:
+        told = json.loads(path.read_bytes())
+        if told["version"] != VERSION:
+            raise ValueError(f"version {told['version']!r}, not {VERSION}")
         classes = tuple(told["classes"])
         shards = [_shard(entry) for entry in told["shards"]]
         table = _shard(told["table"])
-    except (KeyError, TypeError, ValueError) as fault:
+    except (KeyError, TypeError, ValueError, RecursionError) as fault:
         raise CorpusError(f"{path} is damaged: {fault}; pack the corpus again") from fault
     names = [shard.file for shard in shards]
     wrong = [name for name in names if not SHARD.fullmatch(name)]
