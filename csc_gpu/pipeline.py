@@ -407,8 +407,9 @@ def planned(
     if backend.name == "gpu":
         return planning.plan(shape, settings, room, streamed=streamed)
     has = backend.peak_bytes() or 0
+    libraries = has + planning.AT_WORK
     return planning.plan(
-        shape, settings, room + has, streamed=streamed, machine="cpu", libraries=has
+        shape, settings, room + has, streamed=streamed, machine="cpu", libraries=libraries
     )
 
 

@@ -26,6 +26,9 @@ from csc_gpu.segregate.clusters import BLOCK, least_neighbours
 from csc_gpu.segregate.sample import AT_A_TIME
 
 FLOAT, INDEX = 4, 8  # bytes
+AT_WORK = 400_000_000
+"""Bytes that libraries take on a CPU once they work, beside what they have at the start (measured:
+300 MB in a run on digits)."""
 BYTES_A_PAIR = 17
 """Of scikit-learn's DBSCAN for each neighbour of each row (measured: 2.1 times its index)."""
 NEIGHBOURS = 8
