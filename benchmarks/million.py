@@ -42,7 +42,7 @@ ISLANDS = (
 """Rows of the islands, together 1 % of 1.28 million; of fewer rows those that make 1 % of them.
 
 A class has about 1,280. An island with more rows at a scale than its label's class passes for the
-label's home there, whatever is sampled: persistence cannot find it.
+label's home there, it seems (recall 0 with islands of that size, not looked into further).
 """
 PLANTED = 0.01
 SETTINGS = {
