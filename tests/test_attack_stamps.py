@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from dataclasses import asdict
 from typing import Any
@@ -87,7 +89,11 @@ def test_stamps_keep_shape_and_type_and_leave_what_they_were_given(name: str, si
 
 @pytest.mark.parametrize("name", STAMPS)
 def test_every_setting_says_what_it_means(name: str):
-    explained(ATTACKS[name].settings())
+    usual = ATTACKS[name].settings()
+    lines = explained(usual).splitlines()
+    told = {line.partition(" = ")[0]: above for above, line in itertools.pairwise(["", *lines])}
+    for field in dataclasses.fields(usual):
+        assert told[field.name].startswith("# ") and len(told[field.name]) > 10
 
 
 TROJAN_NET = {"fixed": False, "neurons": 2, "aim": 100.0}
