@@ -235,7 +235,6 @@ def train(
     if not backend.ranks.is_first:
         return follow(source, out, skip_broken=skip_broken, **how)
     with run.fresh_directory(out, run.RUN, force=force, resume=resume) as folder:
-        run.write_text(folder / "settings.toml", to_toml(settings))
         kept = Folder(folder / run.CHECKPOINTS, minutes=settings.checkpoint.minutes)
         board = Board(folder / run.BOARD, backend.to_numpy) if tensorboard else None
         with (
@@ -258,6 +257,7 @@ def train(
             run.check_room(folder, needed_bytes(split.train, settings))
             about = identity(source, split.train, settings, defense, seed)
             starts = count_start(kept, about, log)
+            run.write_text(folder / "settings.toml", to_toml(settings))  # those of then, if refused
             outcome, summary = defended(source, split, log=log, kept=kept, **how)
             summary |= {"starts": starts, "memory": check.measured()}
             save_outcome(folder, outcome, split, settings, summary, backend)

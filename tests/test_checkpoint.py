@@ -401,6 +401,7 @@ def test_resume_starts_goes_on_and_says_that_it_is_finished(tmp_path: Path, monk
     status, told = command(*words, "--set", "train.lr=0.01")
     assert status == 2
     assert "the interrupted run had train.lr 0.05, not 0.01; resume it as it was begun" in told
+    assert "lr = 0.05" in (tmp_path / "run.partial" / "settings.toml").read_text()
     status, told = command(*words, "--set", "checkpoint.minutes=3")  # this one may change
     assert status == 0, told
     assert "resumed, start 2" in told
