@@ -120,9 +120,9 @@ def train_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
     flags = [flag for text in changed for flag in ("--set", text)]
     flags += ["--flip"] if cell["flip"] else []
     noise = ("--label-noise", cell["label_noise"])
-    command("poison", corpus, place / "poisoned", *attack, *noise, *seed)
-    run = ("--out", place / "run", "--cpu", "--threads", 1, "--save-features")
-    command("train", place / "poisoned", *run, *seed, *flags)
+    here = ("--cpu", "--threads", 1, *seed)
+    command("poison", corpus, place / "poisoned", *attack, *noise, *here)
+    command("train", place / "poisoned", "--out", place / "run", "--save-features", *here, *flags)
     (place / "cell.json").write_text(json.dumps(cell) + "\n")
     return cell
 
