@@ -2,8 +2,8 @@
 
     python -m benchmarks.long_tail fashion-mnist.npz tail.npz --ratio 10
 
-Class c of C keeps a share of ratio^(-c / (C - 1)) of its training rows, drawn by the seed: the first
-keeps all, the last one in `ratio`. The test part stays as it is.
+Class c of C keeps a share of ratio^(-c / (C - 1)) of its training rows, drawn by the seed: the
+first keeps all, the last one in `ratio`. The test part stays as it is.
 """
 
 from __future__ import annotations
