@@ -385,21 +385,36 @@ COLUMNS = {
 def table(lines: Path, rules: tuple[str, ...], columns: tuple[str, ...]) -> None:
     """The cells as Markdown: the median over seeds, and each seed's value."""
     rows = [row for row in read(lines) if not rules or row["rule"] in rules]
-    columns = columns or tuple(COLUMNS)
-    click.echo(f"| data | attack | rule | n | {' | '.join(columns)} |")
-    click.echo("|---" * (4 + len(columns)) + "|")
+    click.echo(f"{markdown(rows, columns or tuple(COLUMNS))}\n\n{made_by(rows)}")
+
+
+def markdown(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    """One line of a Markdown table for all lines that differ in seed and target alone."""
+    lines = [
+        f"| data | attack | rule | n | {' | '.join(columns)} |",
+        "|---" * (4 + len(columns)) + "|",
+    ]
     for cells in alike(rows):
         first = cells[0]
         shown = [spread(column(cells, *COLUMNS[name][0]), COLUMNS[name][1]) for name in columns]
-        head = f"| {first['data']} | {named(first)} | {first['rule']} | {len(cells)} |"
-        click.echo(f"{head} {' | '.join(shown)} |")
+        words = [first["data"], named(first), first["rule"], str(len(cells)), *shown]
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def made_by(rows: list[dict[str, Any]]) -> str:
+    """What the figures of a table are, and on which machines and commits they were made."""
     machines = {
         f"{row['versions']['processor']}, one core of {row['versions']['cores']}, "
-        f"torch {row['versions']['torch']}, scikit-learn {row['versions']['scikit-learn']}, "
-        f"trained at {row['trained_at']}, judged at {row['commit']}, {row['date']}"
+        f"torch {row['versions']['torch']}, scikit-learn {row['versions']['scikit-learn']}"
         for row in rows
     }
-    click.echo(f"\nMedian over the seeds, and each seed's value. {'; '.join(sorted(machines))}.")
+    trained, judged = ({str(row[name]) for row in rows} for name in ("trained_at", "commit"))
+    days = sorted({row["date"] for row in rows})
+    return (
+        f"Median over the seeds, and each seed's value. {'; '.join(sorted(machines))}; trained at "
+        f"{', '.join(sorted(trained))}, judged at {', '.join(sorted(judged))}; {', '.join(days)}."
+    )
 
 
 def alike(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

@@ -21,6 +21,7 @@ from benchmarks import (
     loader,
     misses,
     results_file,
+    tables,
     traffic,
 )
 from benchmarks import conceal as concealment
@@ -522,7 +523,7 @@ def test_the_table_has_a_row_for_each_kind_of_cell_and_the_median_over_its_seeds
         ["badnets 0.05 to 0,7", "two-stage", "1"],
         ["badnets 0.05", "two-stage", "1"],
     ]
-    assert "trained at abc, judged at def, 2026-11-21" in told
+    assert "trained at abc, judged at def; 2026-11-21" in told
     only, _ = table_of(tmp_path, lines, "--rule", "text")
     assert [row[2] for row in only] == ["text"]
     assert len(only[0]) == 4 + len(detection.COLUMNS)
@@ -782,3 +783,15 @@ def test_misses_of_a_judged_cell_are_scored_round_by_round(tmp_path, monkeypatch
     assert all(0 <= r["asr"] <= 1 and 0 <= r["acc"] <= 1 for line in lines for r in line["rounds"])
     recall = [r["tpr"] for r in of["random misses", 0.4]]
     assert recall == sorted(recall)  # growing loses nobody
+
+
+def test_the_tables_of_the_readme_say_what_the_committed_lines_say(tmp_path):
+    assert run(tables.cli, "--check").exit_code == 0
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- clean -->\nsomething typed\n<!-- /clean -->\nafter\n")
+    assert run(tables.cli, page, "--check").exit_code == 1
+    assert run(tables.cli, page).exit_code == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- clean -->\n| data |") and "typed" not in text
+    assert text.endswith("<!-- /clean -->\nafter\n")
+    assert run(tables.cli, page, "--check").exit_code == 0

@@ -1,0 +1,151 @@
+"""The tables of the README, cut from the result lines that are committed beside it.
+
+    python -m benchmarks.tables            # write them between <!-- name --> and <!-- /name -->
+    python -m benchmarks.tables --check    # exit status 1 if a page does not say what the lines say
+
+No figure of these tables is typed by hand, and a test compares them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from benchmarks.detection import (
+    DEFAULT,
+    ORACLE,
+    PLAIN,
+    RESULTS,
+    STUDY,
+    key_of,
+    made_by,
+    markdown,
+    named,
+    number,
+    read,
+    usual,
+)
+from csc_gpu.pipeline import EFFECTIVE as HOLDS
+
+PAGE = Path(__file__).parent.parent / "README.md"
+ATTACKS = RESULTS.with_name("attacks.jsonl")
+GOAL = 0.9
+"""Attack success before from which on the goals of the study at the usual rate count."""
+Line = dict[str, Any]
+
+
+def tables(study: list[Line], attacks: list[Line]) -> dict[str, str]:
+    """Every table by the name of its place."""
+    ours = [line for line in study if line["rule"] == DEFAULT]
+    attacked = [line for line in ours if line["attack"] != "none"]
+    main, hard = [x for x in attacked if is_usual(x)], [x for x in attacked if not is_usual(x)]
+    took = [line for line in main if line["before"]["asr"] >= HOLDS]
+    clean = [line for line in ours if line["attack"] == "none"]
+    papers = [line for line in study if line["rule"] not in (DEFAULT, ORACLE, PLAIN)]
+    before_after = ("accuracy before", "accuracy after")
+    asr = ("asr before", "asr after")
+    repair = ("recovered accuracy", "RA recovered", "RA clean net")
+    return {
+        "main": markdown(took, ("recall", "false alarms", *asr, "clean net")),
+        "main2": markdown(took, (*before_after, *repair)),
+        "oracle": told(study, main),
+        "clean": markdown(clean, ("false alarms", *before_after)),
+        "hard": markdown(hard, ("recall", "false alarms", *asr, *before_after, "RA recovered")),
+        "others": markdown(papers, ("recall", "false alarms", *asr, "accuracy after")),
+        "short": short([line for line in took if line["before"]["asr"] >= GOAL]),
+        "foot": made_by(study),
+        "attacks": every_attack(attacks),
+        "attacks foot": made_by(attacks),
+    }
+
+
+def is_usual(line: Line) -> bool:
+    """One target, the usual rate, true labels."""
+    plain = not line["set"] and not line["label_noise"] and not line["data"].endswith("-tail")
+    alone = line["target"].isdecimal() and line["rate"] == usual(line["attack"])[1]
+    return bool(line["attack"] in STUDY and plain and alone)
+
+
+def told(study: list[Line], cells: list[Line]) -> str:
+    """Recovery beside a net that was trained without the poison: same cell, the key told."""
+    oracle = {key_of(line): line["recovered"]["ra"] for line in study if line["rule"] == ORACLE}
+    lines = ["| data | attack | seed | RA recovered | RA oracle | share |", "|---" * 6 + "|"]
+    for line in cells:
+        if key_of(line) in oracle and line["recovered"]:
+            ra, best = line["recovered"]["ra"], oracle[key_of(line)]
+            words = [line["data"], named(line), line["seed"], number(ra), number(best)]
+            lines.append(f"| {' | '.join(map(str, words))} | {ra / best:.2f} |")
+    return "\n".join(lines)
+
+
+def short(cells: list[Line]) -> str:
+    """What each cell misses of the goals."""
+    lines = []
+    for line in cells:
+        before, after, found = line["before"], line["after"], line["detection"]
+        allowed = 0.02 + (line["clean_net"]["asr"] if line["clean_net"] else 0.0)
+        missed = [
+            f"recall {number(found['tpr'])}" if found["tpr"] < 0.95 else "",
+            f"false alarms {number(found['fpr'], 4)}" if found["fpr"] > 0.005 else "",
+            f"asr after {number(after['asr'])}" if after["asr"] > allowed else "",
+            f"accuracy {number(before['acc'])} to {number(after['acc'])}"
+            if after["acc"] < before["acc"] - 0.01 - 1e-9
+            else "",
+        ]
+        if any(missed):
+            what = ", ".join(filter(None, missed))
+            lines.append(f"- {line['data']} {named(line)} seed {line['seed']}: {what}")
+    return "\n".join(lines) or "None."
+
+
+def every_attack(lines: list[Line]) -> str:
+    """Each attack undefended, and what the defense made of it where it took hold."""
+    plain = [line for line in lines if line["rule"] == PLAIN]
+    defended = {key_of(line): line for line in lines if line["rule"] == DEFAULT}
+    names = ("data", "attack", "seed", "asr", "clean net", "accuracy")
+    ours = ("recall", "false alarms", "asr after", "accuracy after", "RA recovered")
+    rows = [f"| {' | '.join((*names, *ours))} |", "|---" * (len(names) + len(ours)) + "|"]
+    for line in plain:
+        before, clean = line["before"], line["clean_net"] or {}
+        words = [line["data"], named(line), str(line["seed"]), number(before["asr"])]
+        words += [number(clean.get("asr")), number(before["acc"])]
+        done = defended.get(key_of(line))
+        if before["asr"] < HOLDS:
+            words += ["did not take hold", "", "", "", ""]
+        elif done is None:
+            words += ["not judged", "", "", "", ""]
+        else:
+            found, after, back = done["detection"], done["after"], done["recovered"] or {}
+            words += [number(found["tpr"]), number(found["fpr"], 4), number(after["asr"])]
+            words += [number(after["acc"]), number(back.get("ra"))]
+        rows.append(f"| {' | '.join(words)} |")
+    return "\n".join(rows)
+
+
+def filled(text: str, found: dict[str, str]) -> str:
+    """The page with every table that it has a place for."""
+    for name, table in found.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if start in text:
+            head, rest = text.split(start)
+            text = f"{head}{start}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+@click.command()
+@click.argument("page", type=click.Path(path_type=Path), default=PAGE)
+@click.option("--check", is_flag=True, help="Change nothing; status 1 if it differs.")
+def cli(page: Path, check: bool) -> None:
+    """Write the tables of PAGE, or check them."""
+    said = page.read_text(encoding="utf-8")
+    text = filled(said, tables(read(RESULTS), read(ATTACKS)))
+    if check:
+        sys.exit(text != said)
+    page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    cli()
