@@ -1,4 +1,4 @@
-"""The tables of the README, cut from the result lines that are committed beside it.
+"""The tables of the README and of docs/results.md, cut from the result lines.
 
     python -m benchmarks.tables            # write them between <!-- name --> and <!-- /name -->
     python -m benchmarks.tables --check    # exit status 1 if a page does not say what the lines say
@@ -8,18 +8,21 @@ No figure of these tables is typed by hand, and a test compares them.
 
 from __future__ import annotations
 
-import sys
+import statistics
 from pathlib import Path
 from typing import Any
 
 import click
 
 from benchmarks.detection import (
+    COLUMNS,
     DEFAULT,
     ORACLE,
     PLAIN,
     RESULTS,
     STUDY,
+    alike,
+    column,
     key_of,
     made_by,
     markdown,
@@ -30,7 +33,8 @@ from benchmarks.detection import (
 )
 from csc_gpu.pipeline import EFFECTIVE as HOLDS
 
-PAGE = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 ATTACKS = RESULTS.with_name("attacks.jsonl")
 GOAL = 0.9
 """Attack success before from which on the goals of the study at the usual rate count."""
@@ -49,6 +53,7 @@ def tables(study: list[Line], attacks: list[Line]) -> dict[str, str]:
     asr = ("asr before", "asr after")
     repair = ("recovered accuracy", "RA recovered", "RA clean net")
     return {
+        "summary": summary(took),
         "main": markdown(took, ("recall", "false alarms", *asr, "clean net")),
         "main2": markdown(took, (*before_after, *repair)),
         "oracle": told(study, main),
@@ -78,6 +83,28 @@ def told(study: list[Line], cells: list[Line]) -> str:
             ra, best = line["recovered"]["ra"], oracle[key_of(line)]
             words = [line["data"], named(line), line["seed"], number(ra), number(best)]
             lines.append(f"| {' | '.join(map(str, words))} | {ra / best:.2f} |")
+    return "\n".join(lines)
+
+
+def summary(cells: list[Line]) -> str:
+    """One short line for each data set and attack: medians over the seeds, nothing else."""
+    figures = {
+        "recall": ("recall", 3),
+        "false alarms": ("false alarms", 4),
+        "attack success": ("asr before", 3),
+        "attack success after": ("asr after", 3),
+        "accuracy": ("accuracy before", 3),
+        "accuracy after": ("accuracy after", 3),
+        "true class after `--recover`": ("RA recovered", 3),
+    }
+    lines = [f"| data | attack | seeds | {' | '.join(figures)} |", "|---" * 10 + "|"]
+    for same in alike(cells):
+        values = (column(same, *COLUMNS[name][0]) for name, _ in figures.values())
+        known = [[value for value in of if value is not None] for of in values]
+        middle = [statistics.median(of) if of else None for of in known]
+        shown = map(number, middle, (digits for _, digits in figures.values()))
+        words = [same[0]["data"], named(same[0]), str(len(same)), *shown]
+        lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
 
@@ -136,15 +163,18 @@ def filled(text: str, found: dict[str, str]) -> str:
 
 
 @click.command()
-@click.argument("page", type=click.Path(path_type=Path), default=PAGE)
+@click.argument("pages", type=click.Path(path_type=Path), nargs=-1)
 @click.option("--check", is_flag=True, help="Change nothing; status 1 if it differs.")
-def cli(page: Path, check: bool) -> None:
-    """Write the tables of PAGE, or check them."""
-    said = page.read_text(encoding="utf-8")
-    text = filled(said, tables(read(RESULTS), read(ATTACKS)))
-    if check:
-        sys.exit(text != said)
-    page.write_text(text, encoding="utf-8")
+def cli(pages: tuple[Path, ...], check: bool) -> None:
+    """Write the tables of PAGES, or check them."""
+    found = tables(read(RESULTS), read(ATTACKS))
+    for page in pages or PAGES:
+        said = page.read_text(encoding="utf-8")
+        text = filled(said, found)
+        if check and text != said:
+            raise click.ClickException(f"{page} differs; run python -m benchmarks.tables")
+        if not check:
+            page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
