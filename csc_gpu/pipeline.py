@@ -35,6 +35,10 @@ BYTES_PER_LINE = 150
 """Of suspects.csv, about."""
 NO_POISON = "no poison found"
 NOT_LOOKED = "poison was not looked for"
+TOO_MANY = (
+    "no verdict: more rows stand out alike than segregate.max_share or max_label_share allows; "
+    "look at clusters.csv, and raise the share if they are poison"
+)
 AS_FLOATS = 5
 """Most bytes that an export writes for one of ours: a float, and once more as PNG."""
 SAME_ROWS = 0.75
@@ -470,7 +474,7 @@ def summarise(
         for name, rows in virtual.items()
     }
     return {
-        "verdict": verdict(suspect, corpus.labels, corpus.classes) if told else NOT_LOOKED,
+        "verdict": verdict(told, corpus.labels, corpus.classes) if told else NOT_LOOKED,
         "rows": len(corpus),
         "suspects": int(suspect.sum()) if told else None,
         "suspects_by_class": per_class(suspect, corpus.labels, corpus.classes),
@@ -497,10 +501,11 @@ def summarise(
     }
 
 
-def verdict(suspect: Mask, labels: Labels, classes: tuple[str, ...]) -> str:
+def verdict(told: Segregation, labels: Labels, classes: tuple[str, ...]) -> str:
     """One sentence."""
+    suspect = told.suspect
     if not suspect.any():
-        return NO_POISON
+        return TOO_MANY if told.notes.get("capped") else NO_POISON
     flagged = sorted(per_class(suspect, labels, classes).items(), key=lambda item: -item[1])
     where = ", ".join(f"{count} labelled {name!r}" for name, count in flagged[:3])
     more = f" and {len(flagged) - 3} more classes" if len(flagged) > 3 else ""
@@ -675,7 +680,7 @@ def segregate(
         run.save_suspects(folder / "suspects.csv", found.names, told)
         run.save_clusters(folder / "clusters.csv", told, classes)
         summary = {
-            "verdict": verdict(told.suspect, labels, classes),
+            "verdict": verdict(told, labels, classes),
             "rows": len(told.suspect),
             "suspects": int(told.suspect.sum()),
             "suspects_by_class": per_class(told.suspect, labels, classes),

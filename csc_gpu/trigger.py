@@ -22,6 +22,8 @@ TRIED = 256
 """Images of other labels that the pattern is added to, at most."""
 AVERAGED = 2048
 """Rows of a group whose mean is taken, at most."""
+FREE = 0.5
+"""Share of the images tried that must not have the label before the pattern is added."""
 RANGE = 2.0
 """Images as the net sees them lie within -RANGE and RANGE."""
 
@@ -48,16 +50,20 @@ def transfers(
 ) -> float:
     """Share of other labels' images that get `label` once the pattern of a group is added. 0..1
 
-    The pattern is the mean of `group` (N,) less that of `rest` (N,).
+    The pattern is the mean of `group` (N,) less that of `rest` (N,). Images that the model gives
+    the label as they are do not count; where half are such the model prefers it, whatever the
+    pattern, and the share is 0.
     """
     model.eval()
     pattern = mean_image(corpus, group, backend) - mean_image(corpus, rest, backend)
     tried = evenly((corpus.labels != label) & ~group & ~rest, TRIED)
     if not len(tried):
         tried = evenly(corpus.labels != label, TRIED)
-    hits = 0
+    hits = free = 0
     for batch in backend.batches(corpus, BATCH, order=tried):
         stamped = (batch.images + pattern.to(batch.images)).clamp(-RANGE, RANGE)
         stamped = stamped.contiguous(memory_format=torch.channels_last)
-        hits += int((model(stamped).argmax(dim=1) == label).sum())
-    return hits / len(tried)
+        counts = model(batch.images).argmax(dim=1) != label
+        free += int(counts.sum())
+        hits += int((counts & (model(stamped).argmax(dim=1) == label)).sum())
+    return hits / free if free > FREE * len(tried) else 0.0

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csc_gpu import segregate
+from csc_gpu import pipeline, segregate
 from csc_gpu.backend import open_backend
 from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError
 from csc_gpu.models import new_model
@@ -670,3 +670,10 @@ def test_a_record_answers_nothing_that_was_not_asked(tmp_path: Path):
     ):
         with pytest.raises(CorpusError, match="other rows would be looked at"):
             question()
+
+
+def test_a_verdict_that_a_cap_took_back_whole_is_not_called_clean():
+    labels, nobody = np.zeros(6, np.int64), np.zeros(6, bool)
+    for is_capped, said in ((True, "no verdict: more rows"), (False, "no poison found")):
+        told = Segregation(nobody, np.zeros(6, np.float32), {}, {"capped": is_capped})
+        assert pipeline.verdict(told, labels, ("a",)).startswith(said)

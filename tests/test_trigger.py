@@ -60,8 +60,8 @@ def test_the_pattern_is_tried_on_other_labels_and_on_neither_group():
     net, zero = Corner(), np.zeros(len(corpus), bool)
     group, rest = rows["stamped"] | (corpus.labels == 1), zero | (np.arange(len(corpus)) == 2)
     transfers(net, corpus, group, rest, 0, CPU)
-    (seen,) = net.seen
-    assert len(seen) == (corpus.labels == 2).sum() - 1
+    as_they_are, seen = net.seen
+    assert len(as_they_are) == len(seen) == (corpus.labels == 2).sum() - 1
 
 
 def test_where_the_groups_are_all_there_is_the_pattern_is_tried_on_every_other_label():
@@ -71,13 +71,37 @@ def test_where_the_groups_are_all_there_is_the_pattern_is_tried_on_every_other_l
     assert len(net.seen[0]) == rows["others"].sum()
 
 
+class Shared(Corner):
+    """Gives label 0 to every image of the darkest so many, too, whatever is in its corner."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        shade = images[:, :, 0, 0].mean(1)
+        dark = shade <= torch.quantile(shade, self.share)
+        found = super().forward(images)
+        return torch.where(dark[:, None], torch.tensor([1.0, 0.0]), found)
+
+
+@pytest.mark.parametrize(
+    ("share", "trigger", "halves"), [(0.3, 1.0, 0.0), (0.45, 1.0, 0.0), (0.6, 0.0, 0.0)]
+)
+def test_images_that_have_the_label_anyway_say_nothing_of_a_pattern(share, trigger, halves):
+    corpus, rows = stamped_corpus()
+    of = {"stamped": "benign", "one half": "other half"}
+    found = [transfers(Shared(share), corpus, rows[a], rows[b], 0, CPU) for a, b in of.items()]
+    assert found == pytest.approx([trigger, halves], abs=0.06)
+
+
 def test_stamped_images_stay_within_the_range_of_images(monkeypatch):
     monkeypatch.setattr("csc_gpu.trigger.TRIED", 7)
     corpus, rows = stamped_corpus()
     corpus.pixels[rows["others"], -1, -1] = 200
     net = Corner()
     transfers(net, corpus, rows["stamped"], rows["benign"], 0, CPU)
-    (seen,) = net.seen
+    _, seen = net.seen
     assert len(seen) == 7
     assert seen.max() == 2.0 and seen.min() >= -2.0
     assert (seen[:, :, -1, -1] == 2.0).all()

@@ -431,11 +431,13 @@ def test_where_poison_outnumbers_its_label_the_strays_are_the_benign_rows():
     np.testing.assert_array_equal(turned.rows, there.poison)
     np.testing.assert_array_equal(turned.rest, benign)
     right = Group("strays", there.poison, benign, 1.0)
-    assert court.trigger(0, right, 0.5) == right
+    np.testing.assert_array_equal(court.trigger(0, right, 0.5).rows, right.rows)
+    assert court.trigger(0, right, 0.5).alone == turned.alone
     half = there.poison & (np.cumsum(there.poison) % 3 == 0)
     mixed = Group("strays", half | benign, there.poison & ~half, 0.7)
     weak = Court(there.labels, [last], there.points, oracle(there, commands=0.4), Settings(), CPU)
-    assert weak.trigger(0, mixed, 0.5) == mixed  # neither works alone: strays are a mixture
+    # neither works alone: strays are a mixture
+    np.testing.assert_array_equal(weak.trigger(0, mixed, 0.5).rows, mixed.rows)
     assert weak.trigger(0, Group("halves", half, benign, 0.7), 0.5) is None
 
 

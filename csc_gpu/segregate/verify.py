@@ -74,6 +74,7 @@ class Group:
     rows: Mask  # (N,)
     rest: Mask  # (N,) rows of the label to compare them with
     commands: float  # what the pattern of rows - rest sends to the label; else of rest - rows, too
+    alone: tuple[float, ...] = ()  # what rows and rest do against the other labels, if asked
 
 
 @dataclass(frozen=True)
@@ -151,18 +152,17 @@ def verify(
 def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
     """What strays and halves of each label command, and from where a pattern is a trigger for it.
 
-    Most labels are not attacked: the limit lies well above what three quarters of the others reach.
+    Most labels are not attacked: the limit lies well above what three quarters of the others reach,
+    those that are too small for a question left aside.
     """
     found = {
         label: [*court.strays(label), *court.halves(label)]
         for label in np.unique(court.labels).tolist()
     }
-    best = {
-        y: max((group.commands for group in groups), default=0.0) for y, groups in found.items()
-    }
+    best = {y: max(group.commands for group in groups) for y, groups in found.items() if groups}
     limits = {}
     for label in found:
-        usual = float(np.quantile([best[y] for y in found if y != label] or [0.0], USUAL))
+        usual = float(np.quantile([best[y] for y in best if y != label] or [0.0], USUAL))
         limits[label] = min(SURELY, max(AT_LEAST, usual + MARGIN))
     return found, limits
 
@@ -251,9 +251,12 @@ class Court:
             return None
         others = self.labels != label
         alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
+        group = replace(group, alone=alone)
         if max(alone) < AT_LEAST:
             return group if group.kind == "strays" else None
-        return replace(group, rows=group.rest, rest=group.rows) if alone[1] > alone[0] else group
+        if alone[1] <= alone[0]:
+            return group
+        return replace(group, rows=group.rest, rest=group.rows, alone=alone[::-1])
 
 
 def opened(
@@ -280,6 +283,7 @@ def opened(
         "limit": round(limit, 3),
         "trigger": explained is not None,
         "chosen": chosen.kind,
+        "alone": [round(share, 3) for share in chosen.alone],
         "rows": int(chosen.rows.sum()),
         "grown": int(poison.sum()),
     }
