@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ DEFAULT, ORACLE, PLAIN = "two-stage", "oracle", "plain"
 """The rule that is judged in full; one that reads the key: what perfect detection gives; and no
 defense at all: how well the attack takes hold."""
 PAPERS = ("text", "algorithm1", "per_label")
+ONCE = "-once"
+"""Ends the name of a rule that sees one clustering as the paper does, of the last snapshot, and not
+what any of several scales and snapshots shows."""
+AT_ONCE = 0.5
+"""The scale of that clustering."""
 
 
 @click.group()
@@ -204,14 +210,19 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     summary = json.loads((place / "run" / "summary.json").read_text())
     of_run = read_toml(place / "run" / "settings.toml")
     changes = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
-    changes |= {} if rule in (ORACLE, PLAIN) else {"segregate.rule": rule}
+    named_rule, once = rule.removesuffix(ONCE), rule.endswith(ONCE)
+    changes |= {} if rule in (ORACLE, PLAIN) else {"segregate.rule": named_rule}
+    changes |= {"segregate.scales": [AT_ONCE], "segregate.coarsest": AT_ONCE} if once else {}
     changes |= {"recover.on": rule in (DEFAULT, ORACLE)}
-    if rule in PAPERS:  # they have no caps; ours would free what they flag
+    if named_rule in PAPERS:  # they have no caps; ours would free what they flag
         changes |= {"segregate.max_share": 1.0, "segregate.max_label_share": 1.0}
     settings, cpu = override(csc.Settings(), changes), open_backend("cpu", 1)
     corpus = sources.load(str(place / "poisoned"), settings.data, backend=cpu).train
     key = answers.load_key(place / "poisoned" / "key.npz")
     snapshots = run.load_snapshots(place / "run" / "features.npz")
+    if once:
+        last = {"features": snapshots.features[-1:], "epoch": snapshots.epoch[-1:]}
+        snapshots = replace(snapshots, **last)
     if snapshots.names.paths != corpus.paths:
         raise click.ClickException(f"{place}: the features are of another corpus; train it again")
 

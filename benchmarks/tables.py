@@ -38,6 +38,8 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 ATTACKS = RESULTS.with_name("attacks.jsonl")
 GOAL = 0.9
 """Attack success before from which on the goals of the study at the usual rate count."""
+RECOVERED = 0.9
+"""Share of the oracle's RA that recovery is to reach."""
 Line = dict[str, Any]
 
 
@@ -60,7 +62,8 @@ def tables(study: list[Line], attacks: list[Line]) -> dict[str, str]:
         "clean": markdown(clean, ("false alarms", *before_after)),
         "hard": markdown(hard, ("recall", "false alarms", *asr, *before_after, "RA recovered")),
         "others": markdown(papers, ("recall", "false alarms", *asr, "accuracy after")),
-        "short": short([line for line in took if line["before"]["asr"] >= GOAL]),
+        "cost": cost(attacked),
+        "short": short([line for line in took if line["before"]["asr"] >= GOAL], oracles(study)),
         "foot": made_by(study),
         "attacks": every_attack(attacks),
         "attacks foot": made_by(attacks),
@@ -74,15 +77,20 @@ def is_usual(line: Line) -> bool:
     return bool(line["attack"] in STUDY and plain and alone)
 
 
+def oracles(study: list[Line]) -> dict[str, float]:
+    """RA of the nets that were trained without the poison, by cell."""
+    return {key_of(line): line["recovered"]["ra"] for line in study if line["rule"] == ORACLE}
+
+
 def told(study: list[Line], cells: list[Line]) -> str:
     """Recovery beside a net that was trained without the poison: same cell, the key told."""
-    oracle = {key_of(line): line["recovered"]["ra"] for line in study if line["rule"] == ORACLE}
+    oracle = oracles(study)
     lines = ["| data | attack | seed | RA recovered | RA oracle | share |", "|---" * 6 + "|"]
     for line in cells:
         if key_of(line) in oracle and line["recovered"]:
             ra, best = line["recovered"]["ra"], oracle[key_of(line)]
             words = [line["data"], named(line), line["seed"], number(ra), number(best)]
-            lines.append(f"| {' | '.join(map(str, words))} | {ra / best:.2f} |")
+            lines.append(f"| {' | '.join(map(str, words))} | {number(ra / best)} |")
     return "\n".join(lines)
 
 
@@ -108,7 +116,23 @@ def summary(cells: list[Line]) -> str:
     return "\n".join(lines)
 
 
-def short(cells: list[Line]) -> str:
+def cost(cells: list[Line]) -> str:
+    """Wall seconds of what the defense adds, in multiples of the training: median (largest)."""
+    stages = {"clustering and rule": ("cluster", "segregate"), "verification": ("verify",)}
+    stages |= {"`--recover`": ("recover",)}
+    lines = [f"| data | cells | {' | '.join(stages)} |", "|---" * (2 + len(stages)) + "|"]
+    for data in dict.fromkeys(line["data"] for line in cells):
+        ours = [line for line in cells if line["data"] == data]
+        words = [data, str(len(ours))]
+        for parts in stages.values():
+            took = [sum(line["seconds"].get(part, 0.0) for part in parts) for line in ours]
+            of = [s / line["training_seconds"]["train"] for s, line in zip(took, ours, strict=True)]
+            words.append(f"{number(statistics.median(of), 2)} ({number(max(of), 2)})")
+        lines.append(f"| {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def short(cells: list[Line], oracle: dict[str, float]) -> str:
     """What each cell misses of the goals."""
     lines = []
     for line in cells:
@@ -122,6 +146,10 @@ def short(cells: list[Line]) -> str:
             if after["acc"] < before["acc"] - 0.01 - 1e-9
             else "",
         ]
+        best = oracle.get(key_of(line), 0.0)
+        if line["recovered"] and line["recovered"]["ra"] < RECOVERED * best:
+            share = number(line["recovered"]["ra"] / best)
+            missed.append(f"RA recovered {share} of the oracle's")
         if any(missed):
             what = ", ".join(filter(None, missed))
             lines.append(f"- {line['data']} {named(line)} seed {line['seed']}: {what}")
