@@ -183,7 +183,7 @@ def pack(
     run.check_free(out, run.PACKED, force=force)
     run.check_apart(source, out)
     with Console() as log:
-        split = data.open_source(source, settings.data)
+        split = data.open_source(source, settings.data, log)
         if split.train.files:
             split = sources.sound(source, split, skip_broken=skip_broken, log=log)
         n_bytes = packing.encoded_bytes(split.train) + packing.encoded_bytes(split.test)
@@ -640,7 +640,7 @@ def plan(
     if source is not None:
         split = data.open_source(source, settings.data)
         train, test = split.train, split.test
-        size = reader.common_size(train, settings.data.size)
+        size = sources.training_size(source, train, settings.data)
         wanted = planning.Shape(len(train), *size, train.n_classes, len(test))
         streamed = None if train.files else False
     if memory is not None:

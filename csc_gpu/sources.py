@@ -7,7 +7,7 @@ import torch
 from csc_gpu import cache, data
 from csc_gpu.backend import Backend, Decoder, reader, usable_cores
 from csc_gpu.backend.cpu import free_memory
-from csc_gpu.types import Log, Split, quiet
+from csc_gpu.types import Corpus, Log, Split, quiet
 
 
 def load(
@@ -24,7 +24,7 @@ def load(
     With a backend the pixels are where it wants them, or stay on disk if they do not fit there;
     without one they are resident on the processor. `before` is told first, and may raise.
     """
-    split = data.open_source(source, settings)
+    split = data.open_source(source, settings, log)
     return reader.read(
         split,
         settings,
@@ -34,8 +34,15 @@ def load(
         before=before,
         skip_broken=skip_broken,
         cache=cache.place("checked", source, ".bin"),
+        seen=cache.place("sizes", source, ".bin"),
         log=log,
     )
+
+
+def training_size(source: str, train: Corpus, settings: data.Settings) -> tuple[int, int]:
+    """Height and width to which the images of a source will be brought."""
+    sizes = reader.sizes_of(train, cache=cache.place("sizes", source, ".bin"))
+    return reader.common_size(sizes, settings.size)
 
 
 def sound(source: str, split: Split, *, skip_broken: bool = False, log: Log = quiet) -> Split:

@@ -61,6 +61,9 @@ DECODED_BYTES = 1 << 29
 """Most memory for the decoded images of one batch: 256 photos of 12 megapixels would take 9 GB."""
 CACHE_VERSION = 3
 """Raise it when `find_broken` becomes stricter: older caches are then ignored."""
+MARK = np.dtype("<u8")
+"""What tells an image from all others, in files that remember something about it."""
+SIZED = np.dtype([("mark", MARK), ("height", "<u4"), ("width", "<u4")])
 READERS = 8
 """Threads that read encoded images ahead; most of their time they wait for the disk."""
 READ_TOGETHER = 32
@@ -107,7 +110,7 @@ def find_broken(
     `cache` is a file that remembers the good ones by place, size and dates, 8 bytes each. It is
     written even when the check is interrupted; an unreadable one is ignored.
     """
-    known = _read_cache(cache)
+    known = _read_cache(cache, MARK)
     marks = _marks(places)  # before reading: a later change will be noticed
     rows = np.flatnonzero(~np.isin(marks, known) | (marks == 0))
     good = np.zeros(len(places), bool)
@@ -129,7 +132,7 @@ def find_broken(
     finally:
         pool.shutdown(cancel_futures=True)
         if cache is not None and len(rows):
-            keep(cache, np.union1d(known, marks[good]).astype("<u8").tobytes())
+            keep(cache, np.union1d(known, marks[good]).astype(MARK).tobytes())
     return broken
 
 
@@ -147,13 +150,13 @@ def _marks(places: Sequence[Place]) -> NDArray[np.uint64]:
     return np.fromiter(map(mark, places), np.uint64, len(places))
 
 
-def _read_cache(cache: Path | None) -> NDArray[np.uint64]:
-    """The marks of images known to be good; none when in doubt."""
+def _read_cache(cache: Path | None, kind: np.dtype[Any]) -> NDArray[Any]:
+    """What a file remembers about images; nothing when in doubt."""
     try:
         content = cache.read_bytes() if cache else b""
     except OSError:
         content = b""
-    return np.frombuffer(content if len(content) % 8 == 0 else b"", "<u8").astype(np.uint64)
+    return np.frombuffer(content if len(content) % kind.itemsize == 0 else b"", kind)
 
 
 def _reasons(places: Sequence[Place]) -> list[str | None]:
@@ -265,18 +268,42 @@ def _strict_pillow() -> Iterator[None]:
 # -------------------------------------------------------------------------------- size, pixels
 
 
-def image_sizes(places: Sequence[Place]) -> NDArray[np.int64]:
-    """Height and width of each image, from its header, as `decode` sees it upright. (N, 2)"""
-    sizes = np.empty((len(places), 2), dtype=np.int64)
-    for row, place in enumerate(places):
-        try:
-            with header(place) as file, Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                turned = _orientation(image) >= 5
-        except (OSError, Image.DecompressionBombError) as error:
-            raise _blame(place) from error
-        sizes[row] = (width, height) if turned else (height, width)
-    return sizes
+def image_sizes(places: Sequence[Place], *, cache: Path | None = None) -> NDArray[np.int64]:
+    """Height and width of each image, from its header, as `decode` sees it upright. (N, 2)
+
+    `cache` is a file that remembers them, as that of `find_broken` does, 16 bytes each.
+    """
+    known = _read_cache(cache, SIZED)  # in the order of marks
+    found = np.zeros(len(places), SIZED)
+    if cache is not None:
+        found["mark"] = _marks(places)
+    if len(known):
+        at = np.searchsorted(known["mark"], found["mark"]).clip(max=len(known) - 1)
+        same = (known["mark"][at] == found["mark"]) & (found["mark"] != 0)
+        found[same] = known[at[same]]
+    rows = np.flatnonzero(found["height"] == 0)
+    for row in rows:
+        found["height"][row], found["width"][row] = _header_size(places[row])
+    if cache is not None and len(rows):
+        every = np.concatenate([known, found[found["mark"] != 0]])
+        keep(cache, every[np.unique(every["mark"], return_index=True)[1]].tobytes())
+    return np.stack([found["height"], found["width"]], axis=1).astype(np.int64)
+
+
+def _header_size(place: Place) -> tuple[int, int]:
+    """Height and width; raises CorpusError where the header tells none."""
+    try:
+        with header(place) as file, Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            turned = _orientation(image) >= 5
+    except (OSError, Image.DecompressionBombError) as error:
+        raise _blame(place) from error
+    return (width, height) if turned else (height, width)
+
+
+def decoded_bytes(sizes: NDArray[np.int64]) -> int:
+    """Most that one of the images of these sizes (N, 2) takes decoded."""
+    return 3 * int(sizes.prod(axis=1).max())
 
 
 @contextmanager
@@ -297,17 +324,19 @@ def decode(
     width: int,
     decoder: Decoder,
     batch: int = 256,
+    file_bytes: int = 0,
     progress: Progress | None = None,
 ) -> Array:
     """Decode and resize all images. (N, height, width, 3) uint8 RGB, row i is places[i]
 
     NumPy with a decoder on the processor; a torch tensor on the decoder's device otherwise.
-    `batch` shrinks for large photos. Raises CorpusError for one that `find_broken` would name.
+    `batch` shrinks for large photos: file_bytes is the most that one takes decoded, 0 if nobody
+    has looked. Raises CorpusError for one that `find_broken` would name.
     """
     total = len(places)
     out = torch.empty((total, height, width, 3), dtype=torch.uint8, device=decoder.device)
     if total:
-        largest = 3 * int(image_sizes(places).prod(axis=1).max())  # bytes
+        largest = file_bytes or decoded_bytes(image_sizes(places))
         batch = max(1, min(batch, total, DECODED_BYTES // largest))
         reading = Reading(places, np.arange(total), height, width, batch, decoder)
         runs = _read(reading)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from csc_gpu import data
 from csc_gpu.backend import Decoder
-from csc_gpu.backend.loader import decode, find_broken, image_sizes
+from csc_gpu.backend.loader import decode, decoded_bytes, find_broken, image_sizes
 from csc_gpu.errors import CorpusError
 from csc_gpu.files import Files
 from csc_gpu.types import Corpus, Log, Split, quiet
@@ -44,9 +44,12 @@ def read(
     before: Before = lambda split, size, streamed: None,
     skip_broken: bool = False,
     cache: Path | None = None,
+    seen: Path | None = None,
     log: Log = quiet,
 ) -> Split:
-    """The same split with its pixels in memory, all of one size; `cache` remembers sound files.
+    """The same split with its pixels in memory, all of one size.
+
+    `cache` is a file that remembers which images are sound, `seen` one that remembers their sizes.
 
     `room` tells how many bytes are free where the pixels go, None if nobody knows. Files whose
     pixels would take too much of it stay on disk if they may be streamed: read_at is then set.
@@ -56,7 +59,8 @@ def read(
     """
     if split.train.files:
         split = sound(split, threads=decoder.threads, skip_broken=skip_broken, cache=cache, log=log)
-    height, width = common_size(split.train, settings.size)
+    sizes = sizes_of(split.train, split.test, cache=seen)
+    height, width = common_size(sizes[: len(split.train)], settings.size)
     if min(height, width) < SMALLEST_SIDE:
         raise CorpusError(
             f"images of {height}x{width} pixels are too small; --set data.size=32 enlarges them"
@@ -72,15 +76,14 @@ def read(
     before(split, (height, width), too_large)
     if too_large:
         log("stream", bytes=n_bytes, room=free)
-        sizes = image_sizes(split.train.files + split.test.files)
-        read_at, file_bytes = (height, width), 3 * int(sizes.prod(axis=1).max())
+        read_at, file_bytes = (height, width), decoded_bytes(sizes)
         return replace(
             split,
             train=replace(split.train, read_at=read_at, file_bytes=file_bytes),
             test=replace(split.test, read_at=read_at, file_bytes=file_bytes),
         )
     if split.train.files:
-        return _decoded(split, height, width, decoder, log)
+        return _decoded(split, height, width, decoded_bytes(sizes), decoder, log)
     return replace(
         split,
         train=replace(split.train, pixels=_resized(split.train.images, height, width)),
@@ -125,12 +128,18 @@ def sound(
     return data.checked(Split(train, test, broken), "without the broken files")
 
 
-def common_size(train: Corpus, size: int) -> tuple[int, int]:
-    """Height and width for every image: as asked, as they all are, or the median as a square."""
+def sizes_of(*parts: Corpus, cache: Path | None = None) -> NDArray[np.int64]:
+    """Height and width of every row of these parts; `cache` is `seen` of `read`. (N, 2)"""
+    if parts[0].pixels is not None:
+        return np.concatenate([np.tile(part.image_size, (len(part), 1)) for part in parts])
+    return image_sizes(sum((part.files for part in parts[1:]), parts[0].files), cache=cache)
+
+
+def common_size(sizes: NDArray[np.int64], size: int) -> tuple[int, int]:
+    """Height and width for images of these sizes (N, 2), those to train on: as asked, as they all
+    are, or the median as a square."""
     if size:
         return size, size
-    sizes = image_sizes(train.files) if train.pixels is None else train.pixels.shape[1:3]
-    sizes = np.reshape(sizes, (-1, 2))
     if (sizes == sizes[0]).all() and sizes[0].max() <= LARGEST_SIDE:
         return int(sizes[0, 0]), int(sizes[0, 1])
     side = min(int(np.median(sizes)), LARGEST_SIDE)
@@ -147,13 +156,16 @@ def _too_large(n_bytes: int, height: int, width: int, free: int) -> CorpusError:
     )
 
 
-def _decoded(split: Split, height: int, width: int, decoder: Decoder, log: Log) -> Split:
+def _decoded(
+    split: Split, height: int, width: int, file_bytes: int, decoder: Decoder, log: Log
+) -> Split:
     """The same split with the pixels of its files, (N, height, width, 3)."""
     pixels = decode(
         split.train.files + split.test.files,
         height=height,
         width=width,
         decoder=decoder,
+        file_bytes=file_bytes,
         progress=lambda done, total: log("decode", done=done, total=total),
     )
     n_train = len(split.train)
