@@ -145,6 +145,22 @@ def changes(command: Callable[..., Any]) -> Callable[..., Any]:
     return merged
 
 
+def clustered(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--cluster and --scheduler, handed on as changed settings."""
+
+    @click.option("--cluster", metavar="local|dask", help="Where to cluster; dask: on many GPUs.")
+    @click.option("--scheduler", metavar="ADDRESS", help="Of Dask, tcp://HOST:8786.")
+    @functools.wraps(command)
+    def chosen(
+        cluster: str | None, scheduler: str | None, changes: dict[str, Any], **rest: Any
+    ) -> Any:
+        asked = {"gpu.cluster": cluster, "gpu.scheduler": scheduler}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return command(changes=changes | asked, **rest)
+
+    return chosen
+
+
 skip_broken = click.option(
     "--skip-broken", is_flag=True, help="Leave out images that do not decode, and list them."
 )
@@ -332,6 +348,7 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
 @skip_broken
 @force
 @changes
+@clustered
 @machine
 def train(
     source: str,
@@ -380,6 +397,7 @@ def score(run: Path, key: Path, cpu: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Verdict directory.")
 @force
 @changes
+@clustered
 @machine
 def segregate(features: Path, out: Path, **how: Any) -> None:
     """Find suspects in a FEATURES file: a run's features.npz, or any matrix with labels.

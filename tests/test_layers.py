@@ -32,6 +32,7 @@ ROOMS = {
     "cupy": {"backend/gpu.py"},
     "cuml": {"backend/gpu.py"},
     "rmm": {"backend/gpu.py"},
+    "dask": {"backend/gpu.py"},
     "nvidia.dali": {"backend/loader.py"},
     "sklearn.cluster": {"backend/cpu.py"},
     "sklearn.neighbors": {"backend/cpu.py"},
