@@ -346,6 +346,11 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
     "--resume", is_flag=True, help="Go on with the run at --out that was interrupted, if any."
 )
 @skip_broken
+@click.option(
+    "--max-bad",
+    type=COUNT,
+    help="Do not decode all images beforehand: leave out up to so many that prove broken.",
+)
 @force
 @changes
 @clustered

@@ -17,6 +17,7 @@ def load(
     backend: Backend | None = None,
     before: reader.Before = lambda split, size, streamed: None,
     skip_broken: bool = False,
+    max_bad: int | None = None,
     log: Log = quiet,
 ) -> Split:
     """Both parts of a source; raises CorpusError for anything wrong with it.
@@ -33,6 +34,7 @@ def load(
         may_stream=backend is not None,
         before=before,
         skip_broken=skip_broken,
+        max_bad=max_bad,
         cache=cache.place("checked", source, ".bin"),
         seen=cache.place("sizes", source, ".bin"),
         log=log,

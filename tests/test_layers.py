@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "csc_gpu"
 
 LAYERS = (
-    {"errors", "files", "cache"},
+    {"errors", "files", "cache", "tolerance"},
     {"types"},
     {"config"},
     {"checkpoint"},
