@@ -151,14 +151,14 @@ def test_headers_are_looked_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
 ) -> None:
     looked: list[int] = []
-    sizes = loader.image_sizes
+    sizes = loader.header_sizes
 
     def note(places: Any, **how: Any) -> Any:
         looked.append(len(places))
         return sizes(places, **how)
 
     for module in (loader, reader):
-        monkeypatch.setattr(module, "image_sizes", note)
+        monkeypatch.setattr(module, "header_sizes", note)
     split = read(world(tmp_path), room=100 if streamed else None, may_stream=True)
     assert bool(split.train.files) == streamed
     assert looked == [8]
