@@ -108,12 +108,12 @@ def test_a_rank_that_is_killed_ends_them_all(place: Path, tmp_path: Path):
         words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        states, deadline = run.partial_of(out) / run.CHECKPOINTS, time.monotonic() + 300
+        states, deadline = run.partial_of(out) / run.CHECKPOINTS, time.monotonic() + 600
         while not list(states.glob("train-*.safetensors")) and time.monotonic() < deadline:
             assert together.poll() is None, together.communicate()[0]
             time.sleep(0.2)
         os.kill(second_rank(together.pid), signal.SIGKILL)
-        told, _ = together.communicate(timeout=120)
+        told, _ = together.communicate(timeout=300)
     finally:
         together.kill()
     assert together.returncode not in (0, None) and "Signal 9 (SIGKILL)" in told
