@@ -145,6 +145,22 @@ def changes(command: Callable[..., Any]) -> Callable[..., Any]:
     return merged
 
 
+def clustered(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--cluster and --scheduler, handed on as changed settings."""
+
+    @click.option("--cluster", metavar="local|dask", help="Where to cluster; dask: on many GPUs.")
+    @click.option("--scheduler", metavar="ADDRESS", help="Of Dask, tcp://HOST:8786.")
+    @functools.wraps(command)
+    def chosen(
+        cluster: str | None, scheduler: str | None, changes: dict[str, Any], **rest: Any
+    ) -> Any:
+        asked = {"gpu.cluster": cluster, "gpu.scheduler": scheduler}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        return command(changes=changes | asked, **rest)
+
+    return chosen
+
+
 skip_broken = click.option(
     "--skip-broken", is_flag=True, help="Leave out images that do not decode, and list them."
 )
@@ -330,8 +346,14 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
     "--resume", is_flag=True, help="Go on with the run at --out that was interrupted, if any."
 )
 @skip_broken
+@click.option(
+    "--max-bad",
+    type=COUNT,
+    help="Do not decode all images beforehand: leave out up to so many that prove broken.",
+)
 @force
 @changes
+@clustered
 @machine
 def train(
     source: str,
@@ -380,6 +402,7 @@ def score(run: Path, key: Path, cpu: bool) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Verdict directory.")
 @force
 @changes
+@clustered
 @machine
 def segregate(features: Path, out: Path, **how: Any) -> None:
     """Find suspects in a FEATURES file: a run's features.npz, or any matrix with labels.

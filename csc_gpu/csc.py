@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from csc_gpu import backend as backends
 from csc_gpu import checkpoint, conceal, data, recover, segregate, train
 from csc_gpu.backend import Backend
-from csc_gpu.checkpoint import NOWHERE, Checkpoints
+from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError, TrainingDiverged
 from csc_gpu.features import Settings as FeatureSettings
@@ -97,7 +97,8 @@ def defend(
     """
     clock = Stopwatch(backend)
     learnt = learn(view.train, settings, backend, clock, seed=seed, log=log, kept=kept)
-    return conclude(learnt, view.train, settings, backend, clock, seed=seed, log=log, kept=kept)
+    corpus = view.train.sound()
+    return conclude(learnt, corpus, settings, backend, clock, seed=seed, log=log, kept=kept)
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def learn(
     plan = train.budget(len(corpus), settings.train)
     watched = settings.watch.steps(plan)
     scales = segregate.looked_at(sorted(watched), settings.segregate)
+    recall_broken(corpus, kept)
     seen: dict[int, Sighting] = {}
     stored: dict[int, NDArray[Any]] = {}  # features on the host: not needed on the device again
     for step in sorted(watched):
@@ -139,11 +141,11 @@ def learn(
             if at.step not in watched or at.step in seen:
                 continue
             with clock("features"):
-                points = features(model, corpus, backend, settings.features)  # (N, D)
+                sound, points = looked_at(model, corpus, settings, backend, kept)  # (N, D)
                 check_finite(points, at, settings, backend)
             with clock("cluster"):
                 observe = partial(segregate.observe, scales=scales[at.step])
-                how = points, corpus.labels, at.epoch, settings.segregate, backend
+                how = points, sound.labels, at.epoch, settings.segregate, backend
                 seen[at.step] = segregate.shared(partial(observe, *how), backend)
             log("snapshot", sighting=seen[at.step])
             stored |= {at.step: backend.to_numpy(points[:])} if settings.watch.keep else {}
@@ -153,6 +155,31 @@ def learn(
     sightings = tuple(seen[step] for step in sorted(seen))
     features_of = [(seen[step].epoch, points) for step, points in sorted(stored.items())]
     return Learnt(model, sightings, tuple(features_of))
+
+
+def looked_at(
+    model: Net, corpus: Corpus, settings: Settings, backend: Backend, kept: Checkpoints
+) -> tuple[Corpus, Array]:
+    """The rows that decode, and their features (N, D); with the first of them that is settled."""
+    while True:
+        sound = corpus.sound()
+        points = features(model, sound, backend, settings.features)
+        if sound.is_sound.all():
+            break
+    tolerance = corpus.tolerance
+    if tolerance is not None and not tolerance.settled:
+        tolerance.settle(tolerance.broken)
+        broken = [(row, *told) for row, told in tolerance.broken.items()]
+        kept.save("broken", partial(Record, {}, {"broken": broken}))
+    return sound, points
+
+
+def recall_broken(corpus: Corpus, kept: Checkpoints) -> None:
+    """Settle who is broken, if an earlier start of the run has read all images."""
+    before = kept.load("broken")
+    if before is not None and corpus.tolerance is not None:
+        told = before.facts["broken"]
+        corpus.tolerance.settle({row: (path, reason) for row, path, reason in told})
 
 
 def conclude(

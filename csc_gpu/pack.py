@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +44,17 @@ def write(folder: Path, split: Split, shard_bytes: int, log: Log) -> int:
         (folder / part).mkdir()
         for number, rows in enumerate(_shared_out(corpus, shard_bytes)):
             file = f"{part}/{number:06d}.tar"
-            pieces = _write_shard(folder / file, corpus, rows)
+
+            def wrote(count: int, before: int = done) -> None:
+                log("pack", done=before + count, total=n_rows)
+
+            pieces = _write_shard(folder / file, corpus, rows, wrote)
             filled = [np.full(len(rows), len(shards)), *pieces.T]
             filled += [corpus.labels[rows], corpus.ids[rows]]
             for name, column in zip(packed.COLUMNS, filled, strict=True):
                 columns[name].append(column.astype(np.int64))
             shards.append(packed.described(folder, file, len(rows)))
             done += len(rows)
-            log("pack", done=done, total=n_rows)
     paths = "\0".join(split.train.paths + split.test.paths).encode(errors="surrogateescape")
     joined = {name: np.concatenate(column) for name, column in columns.items()}
     arrays: dict[str, Any] = {"paths": np.frombuffer(paths, np.uint8), **joined}
@@ -66,7 +69,7 @@ def write(folder: Path, split: Split, shard_bytes: int, log: Log) -> int:
         "shards": shards,
     }
     (folder / packed.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _require_same(split, packed.open_packed(folder))
+    _require_same(split, packed.open_packed(folder, log))
     return len(shards)
 
 
@@ -92,8 +95,13 @@ def _shared_out(corpus: Corpus, shard_bytes: int) -> list[NDArray[np.int64]]:
     return np.split(np.arange(len(corpus)), starts)
 
 
-def _write_shard(path: Path, corpus: Corpus, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """One shard, written and read back. (n, 2) where each image lies, start and size in bytes"""
+def _write_shard(
+    path: Path, corpus: Corpus, rows: NDArray[np.int64], wrote: Callable[[int], None]
+) -> NDArray[np.int64]:
+    """One shard, written and read back. (n, 2) where each image lies, start and size in bytes
+
+    `wrote` is told after each image how many there are.
+    """
     written = []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
         for at, (content, row) in enumerate(zip(_encoded(corpus, rows), rows, strict=True)):
@@ -105,6 +113,7 @@ def _write_shard(path: Path, corpus: Corpus, rows: NDArray[np.int64]) -> NDArray
                 member.size = len(some)
                 shard.addfile(member, io.BytesIO(some))
             written.append((hashlib.sha256(content).digest(), label))
+            wrote(len(written))
     found = list(scan_tar(path))
     with path.open("rb") as file:
         for (wanted, label), image in zip(written, found, strict=True):

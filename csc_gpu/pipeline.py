@@ -187,7 +187,7 @@ def pack(
     run.check_free(out, run.PACKED, force=force)
     run.check_apart(source, out)
     with Console() as log:
-        split = data.open_source(source, settings.data)
+        split = data.open_source(source, settings.data, log)
         if split.train.files:
             split = sources.sound(source, split, skip_broken=skip_broken, log=log)
         n_bytes = packing.encoded_bytes(split.train) + packing.encoded_bytes(split.test)
@@ -212,6 +212,7 @@ def train(
     defense: str,
     seed: int,
     skip_broken: bool,
+    max_bad: int | None,
     force: bool,
     resume: bool,
     quiet: bool,
@@ -228,6 +229,11 @@ def train(
     settings: csc.Settings = override(entry.settings(), dict(changes))
     if settings.recover.on and defense == "plain":
         raise ConfigError("plain training names no suspects to recover from; leave --recover out")
+    if max_bad is not None and (skip_broken or defense == "plain" or backend.ranks.world > 1):
+        raise ConfigError(
+            "--max-bad is for defense csc in one process, without --skip-broken; leave it out, and "
+            "all images are checked before training"
+        )
     if not settings.train.model:
         settings = override(settings, {"train.model": backend.usual_model})
     run.check_apart(source, out)
@@ -236,8 +242,9 @@ def train(
         return f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
     how: dict[str, Any] = {"defense": defense, "seed": seed}
     how |= {"settings": settings, "backend": backend}
+    broken = {"skip_broken": skip_broken, "max_bad": max_bad}
     if not backend.ranks.is_first:
-        return follow(source, out, skip_broken=skip_broken, **how)
+        return follow(source, out, broken, **how)
     with run.fresh_directory(out, run.RUN, force=force, resume=resume) as folder:
         kept = Folder(folder / run.CHECKPOINTS, minutes=settings.checkpoint.minutes)
         board = Board(folder / run.BOARD, backend.to_numpy) if tensorboard else None
@@ -252,7 +259,7 @@ def train(
                 f"flip {'on' if settings.train.flip else 'off'}"
             )
             check = MemoryCheck(settings, backend, log)
-            split = opened(source, settings, backend, check, skip_broken=skip_broken, log=log)
+            split = opened(source, settings, backend, check, broken, log)
             plan = budget(len(split.train), settings.train)
             log.say(
                 f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
@@ -264,18 +271,20 @@ def train(
             run.write_text(folder / "settings.toml", to_toml(settings))  # those of then, if refused
             outcome, summary = defended(source, split, log=log, kept=kept, **how)
             summary |= {"starts": starts, "memory": check.measured()}
-            save_outcome(folder, outcome, split, settings, summary, backend)
+            save_outcome(folder, outcome, split.sound(), settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
 
 
-def follow(source: str, out: Path, *, skip_broken: bool, backend: Backend, **how: Any) -> str:
+def follow(
+    source: str, out: Path, broken: Mapping[str, Any], *, backend: Backend, **how: Any
+) -> str:
     """What the ranks after the first do: the same work, of which they keep and say nothing."""
     kept = Following(run.partial_of(out) / run.CHECKPOINTS)
     with Console(silent=True) as log, kept.heeding_sigterm():
         settings = how["settings"]
         check = MemoryCheck(settings, backend, log)
-        split = opened(source, settings, backend, check, skip_broken=skip_broken, log=log)
+        split = opened(source, settings, backend, check, broken, log)
         defended(source, split, backend=backend, log=log, kept=kept, **how)
     return ""
 
@@ -285,19 +294,14 @@ def opened(
     settings: csc.Settings,
     backend: Backend,
     check: reader.Before,
-    *,
-    skip_broken: bool,
+    broken: Mapping[str, Any],
     log: Console,
 ) -> Split:
-    """The source with its pixels where the machine wants them, once the plan of memory holds."""
-    return sources.load(
-        source,
-        settings.data,
-        backend=backend,
-        before=check,
-        skip_broken=skip_broken,
-        log=log,
-    )
+    """The source with its pixels where the machine wants them, once the plan of memory holds.
+
+    `broken` says what to do about images that do not decode: skip_broken and max_bad of `load`.
+    """
+    return sources.load(source, settings.data, backend=backend, before=check, log=log, **broken)
 
 
 def defended(
@@ -318,7 +322,7 @@ def defended(
         DefenderView(split.train), settings, backend, seed=seed, log=log, kept=kept
     )
     spent = time.process_time() - start[0], time.perf_counter() - start[1]
-    summary = summarise(source, split, outcome, settings, backend)
+    summary = summarise(source, split.sound(), outcome, settings, backend)
     summary |= {"defense": defense, "seed": seed, "ranks": backend.ranks.world}
     summary |= {"cpu_seconds": round(spent[0], 2), "wall_seconds": round(spent[1], 2)}
     return outcome, summary
@@ -645,7 +649,7 @@ def plan(
     if source is not None:
         split = data.open_source(source, settings.data)
         train, test = split.train, split.test
-        size = reader.common_size(train, settings.data.size)
+        size = sources.training_size(source, train, settings.data)
         wanted = planning.Shape(len(train), *size, train.n_classes, len(test))
         streamed = None if train.files else False
     if memory is not None:

@@ -7,7 +7,7 @@ import torch
 from csc_gpu import cache, data
 from csc_gpu.backend import Backend, Decoder, reader, usable_cores
 from csc_gpu.backend.cpu import free_memory
-from csc_gpu.types import Log, Split, quiet
+from csc_gpu.types import Corpus, Log, Split, quiet
 
 
 def load(
@@ -17,6 +17,7 @@ def load(
     backend: Backend | None = None,
     before: reader.Before = lambda split, size, streamed: None,
     skip_broken: bool = False,
+    max_bad: int | None = None,
     log: Log = quiet,
 ) -> Split:
     """Both parts of a source; raises CorpusError for anything wrong with it.
@@ -24,7 +25,7 @@ def load(
     With a backend the pixels are where it wants them, or stay on disk if they do not fit there;
     without one they are resident on the processor. `before` is told first, and may raise.
     """
-    split = data.open_source(source, settings)
+    split = data.open_source(source, settings, log)
     return reader.read(
         split,
         settings,
@@ -33,9 +34,17 @@ def load(
         may_stream=backend is not None,
         before=before,
         skip_broken=skip_broken,
+        max_bad=max_bad,
         cache=cache.place("checked", source, ".bin"),
+        seen=cache.place("sizes", source, ".bin"),
         log=log,
     )
+
+
+def training_size(source: str, train: Corpus, settings: data.Settings) -> tuple[int, int]:
+    """Height and width to which the images of a source will be brought."""
+    sizes = reader.sizes_of(train, cache=cache.place("sizes", source, ".bin"))
+    return reader.common_size(sizes, settings.size)
 
 
 def sound(source: str, split: Split, *, skip_broken: bool = False, log: Log = quiet) -> Split:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csc_gpu.files import Files
+from csc_gpu.tolerance import Tolerance, listed
 
 Array = Any
 """An array of the backend: numpy.ndarray with --cpu, cupy.ndarray on a GPU."""
@@ -40,6 +41,7 @@ class Corpus:
     files: Files = field(default_factory=Files)  # N places while the pixels are on disk
     read_at: tuple[int, int] | None = None  # H and W to which files are read
     file_bytes: int = 0  # most that one file takes decoded, before it is resized; 0: not known
+    tolerance: Tolerance | None = None  # rows that may prove broken while they are first read
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -65,6 +67,16 @@ class Corpus:
             raise ValueError("this corpus has no size yet; read it with backend.reader.read")
         return self.read_at
 
+    @property
+    def is_sound(self) -> Mask:
+        """Rows that have not proved broken. (N,) bool"""
+        broken = self.tolerance.broken if self.tolerance else ()
+        return ~np.isin(self.ids, list(broken))
+
+    def sound(self) -> Corpus:
+        """The corpus of the rows that have not proved broken."""
+        return self if self.is_sound.all() else self.take(np.flatnonzero(self.is_sound))
+
     def take(self, rows: NDArray[np.int64]) -> Corpus:
         """The corpus of these rows, in this order; ids and paths go with them."""
         return replace(
@@ -84,6 +96,11 @@ class Split:
     train: Corpus
     test: Corpus
     broken: tuple[str, ...] = ()  # files left out because they do not decode
+
+    def sound(self) -> Split:
+        """The same without the rows to train on that have proved broken since; they are listed."""
+        late = listed(self.train.tolerance.in_order()) if self.train.tolerance else ()
+        return replace(self, train=self.train.sound(), broken=self.broken + late)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "csc_gpu"
 
 LAYERS = (
-    {"errors", "files", "cache"},
+    {"errors", "files", "cache", "tolerance"},
     {"types"},
     {"config"},
     {"checkpoint"},
@@ -32,6 +32,7 @@ ROOMS = {
     "cupy": {"backend/gpu.py"},
     "cuml": {"backend/gpu.py"},
     "rmm": {"backend/gpu.py"},
+    "dask": {"backend/gpu.py"},
     "nvidia.dali": {"backend/loader.py"},
     "sklearn.cluster": {"backend/cpu.py"},
     "sklearn.neighbors": {"backend/cpu.py"},

@@ -383,7 +383,7 @@ def test_a_file_that_broke_after_the_check_is_named(
     for late in (False, True):  # before, and after the headers were read
         with monkeypatch.context() as patch:
             if late:
-                patch.setattr(loader, "image_sizes", lambda _: sizes)
+                patch.setattr(loader, "image_sizes", lambda *_, **__: sizes)
             with pytest.raises(CorpusError, match=r"17\.png: ") as caught:
                 decode(paths, height=4, width=4, batch=8)
             assert "\n" not in str(caught.value)
@@ -482,6 +482,29 @@ def test_an_interrupted_check_is_not_lost(
         loader.find_broken(paths, cache=cache, progress=interrupt, threads=1)
     checked.clear()
     assert loader.find_broken(paths, cache=cache) == [] and checked == ["4.png", "5.png"]
+
+
+def test_a_header_is_read_once_until_its_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    header = loader.header
+    monkeypatch.setattr(loader, "header", lambda path: (read.append(path.name), header(path))[1])
+    paths, cache = numbered(tmp_path, 4, size=5), tmp_path / "sizes.bin"
+    assert loader.header_sizes(paths[:3], cache=cache).tolist() == [[5, 5]] * 3
+    Image.new("RGB", (9, 7)).save(paths[1])
+    back = loader.header_sizes(paths[::-1], cache=cache)
+    assert back.tolist() == [[5, 5], [5, 5], [7, 9], [5, 5]]
+    assert read == ["0.png", "1.png", "2.png", "3.png", "1.png"]
+    assert loader.header_sizes(paths, cache=cache).tolist() == [[5, 5], [7, 9], [5, 5], [5, 5]]
+    assert len(read) == 5
+    cache.write_bytes(b"not sixteen")
+    assert loader.header_sizes(paths, cache=cache).tolist() == [[5, 5], [7, 9], [5, 5], [5, 5]]
+    assert len(read) == 9
+    paths[0].unlink()
+    assert loader.header_sizes(paths, cache=cache)[0].tolist() == [0, 0]
+    with pytest.raises(CorpusError, match=r"0\.png: missing"):
+        loader.image_sizes(paths)
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from csc_gpu import data
-from csc_gpu.backend import Decoder, cpu, reader
+from csc_gpu.backend import Decoder, cpu, loader, reader
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import Split
 
@@ -144,6 +144,24 @@ def test_sound_files_are_remembered_where_the_caller_says(tmp_path: Path) -> Non
     read(world(tmp_path / "corpus"), cache=tmp_path / "checked.json")
     assert (tmp_path / "checked.json").exists()
     assert len(list((tmp_path / "corpus").iterdir())) == 2
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_headers_are_looked_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streamed: bool
+) -> None:
+    looked: list[int] = []
+    sizes = loader.header_sizes
+
+    def note(places: Any, **how: Any) -> Any:
+        looked.append(len(places))
+        return sizes(places, **how)
+
+    for module in (loader, reader):
+        monkeypatch.setattr(module, "header_sizes", note)
+    split = read(world(tmp_path), room=100 if streamed else None, may_stream=True)
+    assert bool(split.train.files) == streamed
+    assert looked == [8]
 
 
 # ---------------------------------------------------------------------------------- memory, arrays

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from csc_gpu import cache, data, sources
+from csc_gpu import cache, data, pack, sources
 from csc_gpu.backend import Augment, loader, open_backend
 from csc_gpu.cli import cli
 from csc_gpu.data import folders, packed, shards
@@ -135,6 +135,22 @@ def test_a_packed_corpus_gives_the_same_rows_bytes_and_batches(
         assert one.ids.tolist() == other.ids.tolist()
         assert contents(one) == contents(other)
     assert streamed(out, monkeypatch) == streamed(source, monkeypatch)
+
+
+def test_packing_tells_how_far_it_is_image_by_image_and_hashing_shard_by_shard(
+    tmp_path: Path,
+) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def log(event: str, *, done: int, total: int) -> None:
+        told.append((event, done, total))
+
+    (tmp_path / "packed").mkdir()
+    split = opened(photos(tmp_path / "photos"))
+    n_shards = pack.write(tmp_path / "packed", split, 8000, log)
+    assert n_shards > 2
+    assert told[:18] == [("pack", done, 18) for done in range(1, 19)]
+    assert told[18:] == [("hash", done, n_shards) for done in range(n_shards + 1)]
 
 
 def test_a_run_on_the_shards_names_the_same_suspects(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from csc_gpu.config import require
-from csc_gpu.errors import BackendUnavailable
+from csc_gpu.errors import BackendUnavailable, ConfigError
 from csc_gpu.types import Array, Corpus
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Two tensors of fixed shapes -> one; it may update a model. What it returns belongs to it until
 the next call."""
+
+
+CLUSTERS = ("local", "dask")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +52,19 @@ class Settings:
     """Batches DALI works on ahead."""
     hw_decoder_load: float = 0.65
     """Share of JPEGs for the GPU's decoding unit, where it has one."""
+    cluster: str = "local"
+    """local: DBSCAN on the GPU of the run. dask: on all GPUs of the Dask cluster at gpu.scheduler;
+    every one of them holds all embedded rows, and takes its share of the pairs."""
+    scheduler: str = ""
+    """Address of the Dask scheduler, tcp://HOST:8786."""
 
     def __post_init__(self) -> None:
+        require(self, "gpu", f"one of {', '.join(CLUSTERS)}", CLUSTERS.__contains__, "cluster")
+        if (self.cluster == "dask") != bool(self.scheduler):
+            raise ConfigError(
+                "gpu.cluster=dask (--cluster dask) and gpu.scheduler (--scheduler ADDRESS) go "
+                "together; give both, or neither"
+            )
         require(self, "gpu", "0 or more", lambda value: 0 <= value < 1e9, "memory")
         require(self, "gpu", "0 or more", lambda count: count >= 0, "decode_threads")
         require(self, "gpu", "1 or more", lambda count: count >= 1, "prefetch")
@@ -177,12 +191,16 @@ def open_backend(name: str, threads: int = 0, settings: Settings | None = None) 
 
     threads, settings = threads or usable_cores(), settings or Settings()
     if name == "cpu":
+        if settings.cluster == "dask":
+            raise ConfigError("--cluster dask clusters on GPUs; leave it out, or leave out --cpu")
         from csc_gpu.backend.cpu import CpuBackend
 
         return CpuBackend(threads, settings, joined())
     from csc_gpu.backend import doctor
 
     lacking = doctor.missing_for_gpu()
+    if settings.cluster == "dask":
+        lacking += doctor.missing_for_dask()
     if lacking:
         told = "; ".join(f"{lack.what} ({lack.remedy})" for lack in lacking)
         raise BackendUnavailable(f"{told}; mend that, or pass --cpu")

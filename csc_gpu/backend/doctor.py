@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ PACKAGES = {
     "12": {"cuml": "cuml-cu12", "cupy": "cupy-cuda12x", "nvidia.dali": "nvidia-dali-cuda120"},
 }
 """What to install, by torch's CUDA version and the module's name."""
+DASK = ("distributed", "dask_cuda", "raft_dask", "cudf")
+"""Modules that clustering over several GPUs takes besides cuML."""
 DRIVER = {"13": "R580", "12": "R525"}
 """The oldest NVIDIA driver for each CUDA version."""
 
@@ -67,15 +70,25 @@ def missing_for_gpu() -> list[Lack]:
     return lacks + _absent(cuda)
 
 
+def missing_for_dask() -> list[Lack]:
+    """What clustering over several GPUs lacks besides; empty if nothing."""
+    cuda = (torch.version.cuda or "13").split(".")[0]
+    cuml = PACKAGES.get(cuda, PACKAGES["13"])["cuml"]
+    return _lacking(DASK, f"pip install '{cuml}[dask]' dask-cuda")
+
+
 def _absent(cuda: str) -> list[Lack]:
     """The packages that are not installed, as one lack."""
     wanted = PACKAGES.get(cuda, PACKAGES["13"])
     absent = [module for module in ("cuml", "cupy") if not _is_there(module)]
-    if not absent:
-        return []
+    return _lacking(absent, f"pip install {' '.join(wanted[module] for module in absent)}")
+
+
+def _lacking(modules: Sequence[str], command: str) -> list[Lack]:
+    """Those of the modules that are not installed, as one lack with its command."""
+    absent = [module for module in modules if not _is_there(module)]
     are = "are" if len(absent) > 1 else "is"
-    command = f"pip install {' '.join(wanted[module] for module in absent)}"
-    return [Lack(f"{' and '.join(absent)} {are} not installed", command)]
+    return [Lack(f"{' and '.join(absent)} {are} not installed", command)] if absent else []
 
 
 def _is_there(module: str) -> bool:
@@ -94,6 +107,8 @@ def advice() -> dict[str, str]:
     told = {
         "backend cpu": "ready",
         "backend gpu": "; ".join(f"{lack.what}: {lack.remedy}" for lack in lacks) or "ready",
+        "several gpus": "; ".join(f"{lack.what}: {lack.remedy}" for lack in missing_for_dask())
+        or "ready to cluster with --cluster dask",
         "image decoder": "DALI",
     }
     if not _is_there("nvidia.dali"):

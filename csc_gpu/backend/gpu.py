@@ -37,6 +37,8 @@ MARGIN = 256_000_000
 """Bytes never handed to clustering: kernels, handles and fragments take some."""
 POOL_KEEPS = 64_000_000
 """Bytes the RMM pool may keep unused: more goes back to the driver, where torch finds it."""
+CONNECT = 10
+"""Seconds that a Dask scheduler has to answer."""
 ASKED = 2**24
 """Numbers held at a time to measure the distances from queries to their neighbours."""
 
@@ -286,6 +288,42 @@ class Cuda:
         return result, graph.replay
 
 
+class SpreadCuda(Cuda):
+    """The driver's edge where DBSCAN runs on every GPU of a Dask cluster. No GPU has run it.
+
+    Its names and arguments were read in cuML's source. Embedded rows go to the host and from there
+    to every worker; clusters come back as host arrays. What a batch may take is what this GPU has
+    free, so the workers' GPUs should have as much.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._client = connected(settings.scheduler)
+        self._spread = imported("cuml.dask.cluster")
+
+    def dbscan(self, points: Array, eps: float, min_samples: int, space: Workspace) -> Array:
+        """See Driver.dbscan."""
+        model, fit = dbscan_arguments(eps, min_samples, space)
+        model |= {"client": self._client, "output_type": "numpy"}
+        found = self._spread.DBSCAN(**model).fit_predict(self.xp.asnumpy(points), **fit)
+        return self.xp.asarray(found)
+
+
+def connected(scheduler: str) -> Any:
+    """A client of the Dask cluster; raises BackendUnavailable if none is there, or no worker."""
+    remedy = "start dask scheduler and dask cuda worker (README, At scale), or leave out --cluster"
+    try:
+        client = imported("dask.distributed").Client(scheduler, timeout=CONNECT)
+    except (OSError, ValueError) as fault:  # a time-out is an OSError
+        told = " ".join(str(fault).split())[:160]
+        raise BackendUnavailable(
+            f"no Dask scheduler answers at {scheduler} ({told}); {remedy}"
+        ) from fault
+    if not client.nthreads():
+        raise BackendUnavailable(f"the Dask cluster at {scheduler} has no workers; {remedy}")
+    return client
+
+
 def imported(name: str) -> ModuleType:
     """A module of RAPIDS or CuPy; raises BackendUnavailable if it is there but does not load."""
     try:
@@ -320,6 +358,7 @@ def open_gpu(threads: int, settings: Settings, ranks: Ranks = ALONE) -> GpuBacke
     if ranks.world > 1:
         torch.cuda.set_device(local_rank())
         imported("cupy").cuda.Device(local_rank()).use()
-    backend = GpuBackend(Cuda(settings), threads, settings)
+    spread = settings.cluster == "dask" and ranks.is_first  # who clusters
+    backend = GpuBackend((SpreadCuda if spread else Cuda)(settings), threads, settings)
     backend.ranks = ranks
     return backend

@@ -48,7 +48,7 @@ from csc_gpu.backend.workspace import is_out_of_memory
 from csc_gpu.cache import keep, stamp
 from csc_gpu.errors import CorpusError
 from csc_gpu.files import Piece, Place
-from csc_gpu.types import Array, Corpus
+from csc_gpu.types import Array, Corpus, Mask
 
 Progress = Callable[[int, int], None]
 """progress(done, total), in files; called from the caller's own thread."""
@@ -61,10 +61,15 @@ DECODED_BYTES = 1 << 29
 """Most memory for the decoded images of one batch: 256 photos of 12 megapixels would take 9 GB."""
 CACHE_VERSION = 3
 """Raise it when `find_broken` becomes stricter: older caches are then ignored."""
+MARK = np.dtype("<u8")
+"""What tells an image from all others, in files that remember something about it."""
+SIZED = np.dtype([("mark", MARK), ("height", "<u4"), ("width", "<u4")])
 READERS = 8
 """Threads that read encoded images ahead; most of their time they wait for the disk."""
 READ_TOGETHER = 32
 """Images that one of them reads in one go."""
+FEWEST = 2
+"""Images that must be left of a batch: BatchNorm has nothing to normalise over one."""
 OPEN_FILES = 128
 """Shards kept open while a pass reads pieces of them."""
 
@@ -107,7 +112,7 @@ def find_broken(
     `cache` is a file that remembers the good ones by place, size and dates, 8 bytes each. It is
     written even when the check is interrupted; an unreadable one is ignored.
     """
-    known = _read_cache(cache)
+    known = _read_cache(cache, MARK)
     marks = _marks(places)  # before reading: a later change will be noticed
     rows = np.flatnonzero(~np.isin(marks, known) | (marks == 0))
     good = np.zeros(len(places), bool)
@@ -129,7 +134,7 @@ def find_broken(
     finally:
         pool.shutdown(cancel_futures=True)
         if cache is not None and len(rows):
-            keep(cache, np.union1d(known, marks[good]).astype("<u8").tobytes())
+            keep(cache, np.union1d(known, marks[good]).astype(MARK).tobytes())
     return broken
 
 
@@ -147,18 +152,25 @@ def _marks(places: Sequence[Place]) -> NDArray[np.uint64]:
     return np.fromiter(map(mark, places), np.uint64, len(places))
 
 
-def _read_cache(cache: Path | None) -> NDArray[np.uint64]:
-    """The marks of images known to be good; none when in doubt."""
+def _read_cache(cache: Path | None, kind: np.dtype[Any]) -> NDArray[Any]:
+    """What a file remembers about images; nothing when in doubt."""
     try:
         content = cache.read_bytes() if cache else b""
     except OSError:
         content = b""
-    return np.frombuffer(content if len(content) % 8 == 0 else b"", "<u8").astype(np.uint64)
+    return np.frombuffer(content if len(content) % kind.itemsize == 0 else b"", kind)
 
 
 def _reasons(places: Sequence[Place]) -> list[str | None]:
-    """Why each image is broken, None for a good one; it is read once for both decoders."""
-    contents = [contents_of(place) for place in places]
+    """Why each image is broken, None for a good one."""
+    return _judged([contents_of(place) for place in places])
+
+
+def _judged(contents: Sequence[bytes | str]) -> list[str | None]:
+    """Why each image, or what there is instead, is broken; None for a good one.
+
+    DALI sees none that Pillow refuses: a PNG cut off in the middle has crashed it.
+    """
     reasons = [c if isinstance(c, str) else _pillow_reason(c) for c in contents]
     if _has_dali():
         passed = [row for row, reason in enumerate(reasons) if reason is None]
@@ -267,16 +279,50 @@ def _strict_pillow() -> Iterator[None]:
 
 def image_sizes(places: Sequence[Place]) -> NDArray[np.int64]:
     """Height and width of each image, from its header, as `decode` sees it upright. (N, 2)"""
-    sizes = np.empty((len(places), 2), dtype=np.int64)
-    for row, place in enumerate(places):
-        try:
-            with header(place) as file, Image.open(file, formats=FORMATS) as image:
-                width, height = image.size
-                turned = _orientation(image) >= 5
-        except (OSError, Image.DecompressionBombError) as error:
-            raise _blame(place) from error
-        sizes[row] = (width, height) if turned else (height, width)
+    sizes = header_sizes(places)
+    for row in np.flatnonzero(sizes[:, 0] == 0).tolist()[:1]:
+        raise _blame(places[row])
     return sizes
+
+
+def header_sizes(places: Sequence[Place], *, cache: Path | None = None) -> NDArray[np.int64]:
+    """The same; 0 and 0 where a header tells none.
+
+    `cache` is a file that remembers them, as that of `find_broken` does, 16 bytes each.
+    """
+    known = _read_cache(cache, SIZED)  # in the order of marks
+    found = np.zeros(len(places), SIZED)
+    if cache is not None:
+        found["mark"] = _marks(places)
+    if len(known):
+        at = np.searchsorted(known["mark"], found["mark"]).clip(max=len(known) - 1)
+        same = (known["mark"][at] == found["mark"]) & (found["mark"] != 0)
+        found[same] = known[at[same]]
+    rows = np.flatnonzero(found["height"] == 0)
+    with _strict_pillow():
+        for row in rows.tolist():
+            found["height"][row], found["width"][row] = _header_size(places[row])
+    if cache is not None and len(rows):
+        told = found[(found["mark"] != 0) & (found["height"] != 0)]
+        every = np.concatenate([known, told])
+        keep(cache, every[np.unique(every["mark"], return_index=True)[1]].tobytes())
+    return np.stack([found["height"], found["width"]], axis=1).astype(np.int64)
+
+
+def _header_size(place: Place) -> tuple[int, int]:
+    """Height and width; 0 and 0 where the header tells none."""
+    try:
+        with header(place) as file, Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            turned = _orientation(image) >= 5
+    except Exception:  # a decoder fed with anything raises anything
+        return 0, 0
+    return (width, height) if turned else (height, width)
+
+
+def decoded_bytes(sizes: NDArray[np.int64]) -> int:
+    """Most that one of the images of these sizes (N, 2) takes decoded."""
+    return 3 * int(sizes.prod(axis=1).max())
 
 
 @contextmanager
@@ -297,17 +343,19 @@ def decode(
     width: int,
     decoder: Decoder,
     batch: int = 256,
+    file_bytes: int = 0,
     progress: Progress | None = None,
 ) -> Array:
     """Decode and resize all images. (N, height, width, 3) uint8 RGB, row i is places[i]
 
     NumPy with a decoder on the processor; a torch tensor on the decoder's device otherwise.
-    `batch` shrinks for large photos. Raises CorpusError for one that `find_broken` would name.
+    `batch` shrinks for large photos: file_bytes is the most that one takes decoded, 0 if nobody
+    has looked. Raises CorpusError for one that `find_broken` would name.
     """
     total = len(places)
     out = torch.empty((total, height, width, 3), dtype=torch.uint8, device=decoder.device)
     if total:
-        largest = 3 * int(image_sizes(places).prod(axis=1).max())  # bytes
+        largest = file_bytes or decoded_bytes(image_sizes(places))
         batch = max(1, min(batch, total, DECODED_BYTES // largest))
         reading = Reading(places, np.arange(total), height, width, batch, decoder)
         runs = _read(reading)
@@ -333,7 +381,8 @@ def stream(
     """The batches of `resident.batches`, read from the corpus's files on the way.
 
     The same rows and changes from the same rng; the images are of corpus.image_size, on the
-    decoder's device. Raises CorpusError for a file that no longer decodes.
+    decoder's device. Raises CorpusError for a file that no longer decodes. With a tolerance that is
+    not settled files are judged before they are decoded; rows that prove broken are left out.
     """
     (height, width), device = corpus.image_size, decoder.device
     order = np.arange(len(corpus)) if order is None else order
@@ -356,8 +405,12 @@ def stream(
     full = runs_a_part * batch
     at = np.concatenate([np.pad(part, (0, full - len(part)), mode="edge") for part in parts])
     changes = None if drawn is None else Changes(drawn.mirrored[at], drawn.by[:, at])
-    files = corpus.files.take(order[at])
-    reading = Reading(files, order[at], height, width, batch, decoder, changes=changes)
+    rows = order[at]
+    is_sound = corpus.is_sound[rows]
+    # in place of an image known to be broken a sound one is read, and dropped
+    files = corpus.files.take(np.where(is_sound, rows, rows[is_sound.argmax()]))
+    judge = None if corpus.tolerance is None or corpus.tolerance.settled else _Judge(corpus, rows)
+    reading = Reading(files, rows, height, width, batch, decoder, changes=changes, judge=judge)
     all_rows = torch.from_numpy(order).to(device)
     all_labels = torch.from_numpy(corpus.labels).to(device)[all_rows]
     runs = _read(reading)
@@ -367,7 +420,52 @@ def stream(
             rest = range(batch, full, batch)
             some = (_expected(runs, order[part[start : start + batch]]).clone() for start in rest)
             images = torch.cat([images.clone(), *some])
-        yield Batch(resident.to_float(images), all_labels[here], all_rows[here])
+        if corpus.tolerance is None:
+            yield Batch(resident.to_float(images), all_labels[here], all_rows[here])
+        else:
+            left = torch.from_numpy(_left(corpus, order[part])).to(device)
+            images = resident.to_float(images[left])
+            yield Batch(images, all_labels[here][left], all_rows[here][left])
+
+
+def _left(corpus: Corpus, rows: NDArray[np.int64]) -> Mask:
+    """Which of the rows of a batch are sound; raises CorpusError if too many are not. (B,) bool"""
+    assert corpus.tolerance is not None
+    corpus.tolerance.require_few()
+    left: Mask = ~np.isin(corpus.ids[rows], list(corpus.tolerance.broken))
+    if left.sum() < min(FEWEST, len(rows)):
+        raise CorpusError(
+            f"of a batch of {len(rows)} images {left.sum()} decode; replace the others, "
+            f"{corpus.paths[rows[0]]} among them, or set a larger train.batch"
+        )
+    return left
+
+
+class _Judge:
+    """Notes which images of a pass do not decode, and gives others in their place."""
+
+    def __init__(self, corpus: Corpus, rows: NDArray[np.int64]) -> None:
+        """`rows` (n,) are those of the pass, in the order of reading."""
+        self._corpus, self._rows = corpus, rows
+
+    def __call__(self, start: int, contents: Sequence[bytes | str]) -> list[bytes]:
+        """The contents read from `start` on, or for images that are broken a blank one."""
+        sound = []
+        for at, (content, reason) in enumerate(zip(contents, _judged(contents), strict=True)):
+            if reason is not None:
+                corpus, row = self._corpus, int(self._rows[start + at])
+                assert corpus.tolerance is not None
+                corpus.tolerance.note(int(corpus.ids[row]), corpus.paths[row], reason)
+            sound.append(blank() if reason is not None else cast(bytes, content))
+        return sound
+
+
+@lru_cache(1)
+def blank() -> bytes:
+    """A picture of one pixel."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    return file.getvalue()
 
 
 def _expected(runs: Runs, wanted: NDArray[np.int64]) -> torch.Tensor:
@@ -398,6 +496,7 @@ class Reading:
     batch: int  # images in a run
     decoder: Decoder
     changes: Changes | None = None  # of n images, in the order of places
+    judge: _Judge | None = None  # of images that may be broken
 
     @property
     def n_runs(self) -> int:
@@ -456,13 +555,13 @@ def _encoded(reading: Reading) -> Iterator[Encoded]:
     pool = ThreadPoolExecutor(READERS)
 
     def some(start: int, stop: int) -> list[bytes]:
-        contents = []
-        for place in reading.places[start:stop]:
-            content = contents_of(place, handle)
+        contents = [contents_of(place, handle) for place in reading.places[start:stop]]
+        if reading.judge is not None:
+            return reading.judge(start, contents)
+        for place, content in zip(reading.places[start:stop], contents, strict=True):
             if isinstance(content, str):
                 raise _blame(place, content)
-            contents.append(content)
-        return contents
+        return cast(list[bytes], contents)
 
     def run_of(number: int) -> list[Future[list[bytes]]]:
         here = reading.part(number)

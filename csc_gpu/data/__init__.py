@@ -19,7 +19,7 @@ from csc_gpu.data.manifests import open_manifest
 from csc_gpu.data.packed import is_packed, open_packed
 from csc_gpu.data.shards import has_shards, open_shards
 from csc_gpu.errors import ConfigError, CorpusError
-from csc_gpu.types import Corpus, Split
+from csc_gpu.types import Corpus, Log, Split, quiet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,13 @@ class Settings:
             raise ConfigError(f"data.holdout_seed must be 0 or more, got {self.holdout_seed}")
 
 
-def open_source(source: str, settings: Settings) -> Split:
-    """The corpus at a path, by what the path is, or the embedded one; files are not read yet.
+def open_source(source: str, settings: Settings, log: Log = quiet) -> Split:
+    """The corpus at a path, by what the path is, or the embedded one; images are not read yet.
 
     Raises CorpusError, which says what is wrong with the source.
     """
     try:
-        train, test = _opened(source)
+        train, test = _opened(source, log)
     except OSError as fault:
         raise CorpusError(f"cannot read {source}: {fault}") from fault
     if test is None:
@@ -84,11 +84,11 @@ def checked(split: Split, name: str) -> Split:
     return split
 
 
-def _opened(source: str) -> tuple[Corpus, Corpus | None]:
+def _opened(source: str, log: Log) -> tuple[Corpus, Corpus | None]:
     path = Path(source)
     if path.is_dir():
         if is_packed(path):
-            return open_packed(path)
+            return open_packed(path, log)
         return open_shards(path) if has_shards(path) else open_folder(path)
     if path.is_file() and path.suffix.lower() == ".npz":
         return open_arrays(path)

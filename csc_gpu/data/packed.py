@@ -26,7 +26,7 @@ from csc_gpu import cache
 from csc_gpu.data.arrays import load_arrays
 from csc_gpu.errors import CorpusError
 from csc_gpu.files import Files
-from csc_gpu.types import Corpus
+from csc_gpu.types import Corpus, Log, quiet
 
 FORMAT, VERSION = "csc-gpu shards", 1
 MANIFEST, ROWS = "manifest.json", "rows.npz"
@@ -56,11 +56,12 @@ def is_packed(folder: Path) -> bool:
     return isinstance(told, dict) and told.get("format") == FORMAT
 
 
-def open_packed(folder: Path) -> tuple[Corpus, Corpus]:
+def open_packed(folder: Path, log: Log = quiet) -> tuple[Corpus, Corpus]:
     """Both parts; raises CorpusError where manifest, table and shards do not fit together."""
     classes, shards, table = _manifest(folder / MANIFEST)
-    for shard in (*shards, table):
+    for done, shard in enumerate((table, *shards)):
         _require_sound(folder, shard)
+        log("hash", done=done, total=len(shards))
     arrays = load_arrays(folder / ROWS, (*COLUMNS, "paths"))
     fault = CorpusError(f"{folder / ROWS} does not fit {folder / MANIFEST}; pack the corpus again")
     columns = [arrays[name] for name in COLUMNS]
