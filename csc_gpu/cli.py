@@ -9,7 +9,8 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -373,6 +374,43 @@ def score(run: Path, key: Path, cpu: bool) -> None:
     from csc_gpu import pipeline
 
     click.echo(pipeline.score(run, key, cpu=cpu))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True)
+@click.option("--jsonl", is_flag=True, help="A JSON object a line, with all probabilities.")
+@click.option("--cpu", is_flag=True, help="Use the processor, whatever the run used.")
+def predict(run: Path, images: tuple[str, ...], jsonl: bool, cpu: bool) -> None:
+    """Say what the model of RUN sees in IMAGES: label and probability, or rejected: trigger.
+
+    IMAGES are files, folders (all images below them), or - for paths on stdin, one a line. Every
+    image gets its line, in order; one that cannot be read gets `error: ` and the reason, and the
+    exit status is then 2.
+    """
+    from csc_gpu import pipeline
+
+    named: Iterable[str] = images
+    if images == ("-",):
+        named = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+    for line in pipeline.predict(run, filter(None, named), jsonl=jsonl, cpu=cpu):
+        click.echo(line)
+
+
+@cli.command(name="export-model")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "layout", required=True, help="safetensors, onnx or torchscript.")
+@force
+def export_model(**what: Any) -> None:
+    """Write the model of RUN to the file OUT for other tools, checked to give equal outputs.
+
+    onnx and torchscript take uint8 images (B, H, W, 3) and give probabilities, the last that of the
+    virtual class. safetensors holds the weights; its metadata say how images are normalised.
+    """
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.export_model(**what))
 
 
 @cli.command()

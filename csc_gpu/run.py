@@ -288,6 +288,26 @@ def plain(value: Any) -> Any:
     return value
 
 
+# --- summary ------------------------------------------------------------------------------------
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A finished run's summary.json; raises CorpusError if there is none."""
+    try:
+        summary: dict[str, Any] = dict(json.loads((folder / "summary.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as fault:
+        raise CorpusError(f"{folder} is no finished run: cannot read summary.json") from fault
+    missing = [name for name in NEEDED if name not in summary]
+    if missing:
+        raise CorpusError(
+            f"{folder} is no run of csc-gpu train: summary.json lacks {', '.join(missing)}"
+        )
+    return summary
+
+
+NEEDED = ("model", "n_classes", "n_outputs", "classes", "image_size", "backend")
+
+
 # --- suspects -----------------------------------------------------------------------------------
 
 

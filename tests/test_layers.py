@@ -23,6 +23,8 @@ LAYERS = (
     {"csc", "attacks", "defenses", "sources"},
     {"answers", "evaluate", "foreign", "pack", "plan"},
     {"run", "board", "progress"},
+    {"guarded"},
+    {"export"},
     {"pipeline", "bench"},
     {"cli", "__main__"},
 )
@@ -37,6 +39,8 @@ ROOMS = {
     "sklearn.neighbors": {"backend/cpu.py"},
     "click": {"cli.py"},
     "tqdm": {"progress.py"},
+    "onnx": {"export.py"},
+    "onnxruntime": {"export.py"},
 }
 
 TORCH_FILES = "foreign/torch_files.py"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,13 @@ def images_in(folder: Path) -> list[str]:
             and not entry.name.startswith(".")
             and not entry.is_dir()
         ]
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """Every image in the folder and its subfolders, in natural order; links to folders are left."""
+    for here, names, _ in os.walk(folder):
+        names[:] = sorted((n for n in names if not n.startswith(".")), key=natural)
+        yield from (Path(here, name) for name in sorted(images_in(Path(here)), key=natural))
 
 
 def _listing(folder: Path) -> Listing:
