@@ -27,6 +27,7 @@ from csc_gpu.data.folders import images_below
 from csc_gpu.defenses import DEFENSES
 from csc_gpu.errors import ConfigError, CorpusError, OutputError
 from csc_gpu.export import TRIED, export
+from csc_gpu.features import width
 from csc_gpu.guarded import Answer, GuardedClassifier
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
@@ -425,7 +426,8 @@ def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
     model = new_model(settings.train.model, corpus.n_classes, corpus.image_size[0], seed=0)
     weights: int = sum(weight.numel() for weight in model.state_dict().values())
     watched = len(settings.watch.steps(budget(len(corpus), settings.train)))
-    kept = (2 * watched + 1) * model.n_features if settings.watch.keep else 0  # numbers a row
+    d = width(model, settings.features.layer, corpus.image_size)
+    kept = (2 * watched + 1) * d if settings.watch.keep else 0  # numbers a row
     evidence = watched * len(settings.segregate.scales)
     return 4 * (11 * weights + (kept + evidence) * len(corpus)) + BYTES_PER_LINE * len(corpus)
 
@@ -454,6 +456,7 @@ def save_outcome(
                 corpus,
                 outcome.segregation,
                 asdict(settings.segregate),
+                layer=settings.features.layer or run.HEAD_INPUT,
             )
     run.write_json(folder / "summary.json", summary)
 

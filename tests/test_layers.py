@@ -17,13 +17,14 @@ LAYERS = (
     {"checkpoint"},
     {"data"},
     {"backend"},
-    {"models", "train", "features"},
+    {"models", "borrowed", "train", "features"},
     {"segregate", "conceal", "trigger", "recover"},
     {"witness"},
     {"csc", "attacks", "defenses", "sources"},
+    {"watcher"},
     {"answers", "evaluate", "foreign", "pack", "plan"},
     {"run", "board", "progress"},
-    {"guarded"},
+    {"guarded", "datasets", "api"},
     {"export"},
     {"pipeline", "bench"},
     {"cli", "__main__"},
@@ -41,6 +42,7 @@ ROOMS = {
     "tqdm": {"progress.py"},
     "onnx": {"export.py"},
     "onnxruntime": {"export.py"},
+    "timm": {"borrowed.py"},
 }
 
 TORCH_FILES = "foreign/torch_files.py"
