@@ -16,7 +16,7 @@ from PIL import Image
 import csc_gpu
 from csc_gpu import data, run
 from csc_gpu.datasets import CleanDataset
-from csc_gpu.errors import CorpusError
+from csc_gpu.errors import ConfigError, CorpusError
 from tests.test_cli import QUICK, assert_refused, call, finished, own_cache, photos  # noqa: F401
 from tests.worlds import world
 
@@ -72,8 +72,19 @@ def test_rows_of_arrays_and_of_a_split_made_here_are_the_run_s(tmp_path):
 def test_another_corpus_is_refused(finished, tmp_path):  # noqa: F811
     with pytest.raises(CorpusError, match="is not the corpus of"):
         CleanDataset(finished / "run", photos(tmp_path / "other"))
-    with pytest.raises(CorpusError, match="cannot read"):
+    with pytest.raises(CorpusError, match="no folder"):
         CleanDataset(finished / "run", tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="cannot read settings"):
+        CleanDataset(tmp_path, finished / "p")
+
+
+def test_suspects_read_as_whole_rows_booleans_and_shares(finished):  # noqa: F811
+    lines = suspects_of(finished / "run")
+    assert len({int(line["row"]) for line in lines}) == len(lines)
+    assert {line["is_poison_issue"] for line in lines} == {"True", "False"}  # bool to pandas
+    for line in lines:
+        assert 0 <= float(line["poison_score"]) <= 1
+        assert (float(line["poison_score"]) >= 0.5) == (line["is_poison_issue"] == "True")
 
 
 # --- Hugging Face's folders ---------------------------------------------------------------------
