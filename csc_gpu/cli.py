@@ -9,7 +9,8 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,21 @@ skip_broken = click.option(
     "--skip-broken", is_flag=True, help="Leave out images that do not decode, and list them."
 )
 force = click.option("--force", is_flag=True, help="Replace an earlier result.")
+fail_on_poison = click.option(
+    "--fail-on-poison", is_flag=True, help="Exit with status 3 if a row is suspect, all written."
+)
+
+
+def fail_if_poisoned(out: Path) -> None:
+    """Exit with status 3 if a finished run or verdict names a suspect: for pipelines of data."""
+    from csc_gpu.run import read_summary
+
+    if read_summary(out, ("suspects",))["suspects"]:
+        raise click.exceptions.Exit(POISONED)
+
+
+POISONED = 3
+"""The exit status of --fail-on-poison."""
 
 
 @cli.command()
@@ -333,6 +349,10 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
 @click.option(
     "--seed", default=0, type=COUNT, show_default=True, help="Of weights, order and augmentation."
 )
+@click.option("--model", default="", help="resnet8, resnet18, timm:NAME or torchvision:NAME.")
+@click.option(
+    "--init", type=click.Path(path_type=Path), help="Weights to start from, a .safetensors file."
+)
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
 @click.option("--save-features", is_flag=True, help="Keep features.npz, for segregate.")
 @click.option(
@@ -345,6 +365,7 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
 @click.option(
     "--resume", is_flag=True, help="Go on with the run at --out that was interrupted, if any."
 )
+@fail_on_poison
 @skip_broken
 @click.option(
     "--max-bad",
@@ -359,9 +380,12 @@ def train(
     source: str,
     out: Path,
     changes: dict[str, Any],
+    model: str,
+    init: Path | None,
     flip: bool,
     save_features: bool,
     recover: bool,
+    fail_on_poison: bool,
     **how: Any,
 ) -> None:
     """Train on a possibly poisoned SOURCE: suspects, a clean model, evidence.
@@ -373,6 +397,12 @@ def train(
     """
     from csc_gpu import pipeline
 
+    if fail_on_poison and how["defense"] == "plain":
+        raise ConfigError("plain training looks for no poison; leave --fail-on-poison out")
+    if model:
+        changes |= {"train.model": model}
+    if init:
+        changes |= {"train.init": str(init.absolute())}
     if flip:
         changes |= {"train.flip": True}
     if save_features:
@@ -382,6 +412,8 @@ def train(
     told = pipeline.train(source, out, changes, **how)
     if told:  # ranks after the first have nothing to say
         click.echo(told)
+        if fail_on_poison:
+            fail_if_poisoned(out)
 
 
 @cli.command()
@@ -398,13 +430,51 @@ def score(run: Path, key: Path, cpu: bool) -> None:
 
 
 @cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True)
+@click.option("--jsonl", is_flag=True, help="A JSON object a line, with all probabilities.")
+@click.option("--cpu", is_flag=True, help="Use the processor, whatever the run used.")
+def predict(run: Path, images: tuple[str, ...], jsonl: bool, cpu: bool) -> None:
+    """Say what the model of RUN sees in IMAGES: label and probability, or rejected: trigger.
+
+    IMAGES are files, folders (all images below them), or - for paths on stdin, one a line. Every
+    image gets its line, in order; one that cannot be read gets `error: ` and the reason, and the
+    exit status is then 2.
+    """
+    from csc_gpu import pipeline
+
+    named: Iterable[str] = images
+    if images == ("-",):
+        named = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+    for line in pipeline.predict(run, filter(None, named), jsonl=jsonl, cpu=cpu):
+        click.echo(line)
+
+
+@cli.command(name="export-model")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", "layout", required=True, help="safetensors, onnx or torchscript.")
+@force
+def export_model(**what: Any) -> None:
+    """Write the model of RUN to the file OUT for other tools, checked to give equal outputs.
+
+    onnx and torchscript take uint8 images (B, H, W, 3) and give probabilities, the last that of the
+    virtual class. safetensors holds the weights; its metadata say how images are normalised.
+    """
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.export_model(**what))
+
+
+@cli.command()
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Verdict directory.")
+@fail_on_poison
 @force
 @changes
 @clustered
 @machine
-def segregate(features: Path, out: Path, **how: Any) -> None:
+def segregate(features: Path, out: Path, fail_on_poison: bool, **how: Any) -> None:
     """Find suspects in a FEATURES file: a run's features.npz, or any matrix with labels.
 
     The .npz holds features, (N, D) or (S, N, D) for S snapshots, and labels, (N,). They may come
@@ -414,6 +484,8 @@ def segregate(features: Path, out: Path, **how: Any) -> None:
     from csc_gpu import pipeline
 
     click.echo(pipeline.segregate(features, out, **how))
+    if fail_on_poison:
+        fail_if_poisoned(out)
 
 
 @cli.command()

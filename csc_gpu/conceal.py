@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
@@ -74,15 +75,32 @@ def conceal(
     """
     if not suspect.any():
         return model
-    labels = np.where(suspect, corpus.n_classes, corpus.labels)
     concealed = copy.deepcopy(model)
-    concealed.head = widened(model.head)
     found = points() if points else features(model, corpus, backend)
-    known = found if isinstance(found, Spilled) else backend.tensor(found)
-    weight = torch.ones(corpus.n_classes + 1, device=backend.device)
-    weight[-1] = virtual_weight(float(suspect.mean()), settings.share)
-    fine_tune(concealed.head, known, labels, settings, backend, seed=seed, log=log, weight=weight)
+    how = settings, backend
+    concealed.head = guarded(model.head, found, corpus.labels, suspect, *how, seed=seed, log=log)
     return concealed
+
+
+def guarded(
+    head: nn.Linear,
+    points: Array,
+    labels: NDArray[np.int64],
+    suspect: Mask,
+    settings: Settings,
+    backend: Backend,
+    *,
+    seed: int,
+    log: Log = quiet,
+) -> nn.Linear:
+    """The head with a virtual class, fine-tuned on its inputs (N, D): suspects lead there."""
+    n_classes, wide = head.out_features, widened(head)
+    known = points if isinstance(points, Spilled) else backend.tensor(points)
+    weight = torch.ones(n_classes + 1, device=backend.device)
+    weight[-1] = virtual_weight(float(suspect.mean()), settings.share)
+    revised = np.where(suspect, n_classes, labels)
+    fine_tune(wide, known, revised, settings, backend, seed=seed, log=log, weight=weight)
+    return wide
 
 
 def virtual_weight(found: float, wanted: float) -> float:
@@ -97,20 +115,23 @@ def virtual_weight(found: float, wanted: float) -> float:
 def widened(head: nn.Linear) -> nn.Linear:
     """The head with one more output: the trained rows are kept, the new one starts at zero."""
     wide: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-        nn.Linear, head.in_features, head.out_features + 1, device=head.weight.device
+        nn.Linear,
+        head.in_features,
+        head.out_features + 1,
+        bias=head.bias is not None,
+        device=head.weight.device,
     )
     with torch.no_grad():
-        wide.weight.zero_()
-        wide.bias.zero_()
-        wide.weight[:-1] = head.weight
-        wide.bias[:-1] = head.bias
+        for new, trained in zip(wide.parameters(), head.parameters(), strict=True):
+            new.zero_()
+            new[:-1] = trained
     return wide
 
 
 def fine_tune(
     head: nn.Linear,
     points: torch.Tensor | Spilled,
-    labels: np.ndarray[tuple[int], np.dtype[np.int64]],
+    labels: NDArray[np.int64],
     settings: Settings,
     backend: Backend,
     *,

@@ -12,8 +12,9 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from csc_gpu import backend as backends
 from csc_gpu import checkpoint, conceal, data, recover, segregate, train
 from csc_gpu.backend import Backend
+from csc_gpu.borrowed import start_from
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError, TrainingDiverged
@@ -206,7 +208,7 @@ def conclude(
         untrained,
         *how,
         seed=seed,
-        extraction=settings.features,
+        extraction=replace(settings.features, layer=""),  # what the head sees
         log=log,
         kept=kept,
     )
@@ -278,9 +280,11 @@ def check_finite(points: Array, at: train.Moment, settings: Settings, backend: B
 
 
 def fresh_model(corpus: Corpus, settings: Settings, backend: Backend, *, seed: int) -> Net:
-    """An untrained net with one output a class, on the device."""
+    """A net with one output a class, untrained or as train.init has it, on the device."""
     height, _ = corpus.image_size
     model = new_model(settings.train.model, corpus.n_classes, height, seed=seed)
+    if settings.train.init:
+        start_from(model, Path(settings.train.init))
     return model.to(backend.device)
 
 

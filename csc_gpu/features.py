@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -32,8 +34,11 @@ NUMBERS = {"float32": 4, "float16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the features of all rows are kept until they have been looked at."""
+    """What features are, and how those of all rows are kept until they have been looked at."""
 
+    layer: str = ""
+    """The layer of the extractor whose output is clustered, its mean over the places of an image;
+    empty: the input of the last linear layer, which the head and stage 2 see in any case."""
     precision: str = "float32"
     """float32, or float16: half the room, three digits; the arithmetic on them is float32."""
     spill: str = ""
@@ -51,11 +56,13 @@ def features(
 ) -> Array:
     """The input of the last linear layer, for every row. (N, D), C order, on the device or Spilled
 
-    Raises ConfigError if they are to be spilled where there is no room.
+    Of another layer, if settings name one. Raises ConfigError if there is none of that name, or if
+    they are to be spilled where there is no room.
     """
     model.eval()
     kept = settings or Settings()
-    shape, xp, ranks = (len(corpus), model.n_features), backend.xp, backend.ranks
+    shape = len(corpus), width(model, kept.layer, corpus.image_size)
+    xp, ranks = backend.xp, backend.ranks
     if kept.spill and ranks.world > 1:
         raise ConfigError("features.spill is for one rank; each keeps all features on its device")
     out = (
@@ -63,12 +70,59 @@ def features(
         if kept.spill
         else xp.zeros(shape, getattr(xp, kept.precision))
     )
-    for batch in backend.batches(corpus, BATCH, portion=Portion(batches=ranks.share)):
-        points = model.features(batch.images)  # (B, D) float32, whatever training computes in
-        out[backend.array(batch.rows)] = backend.array(points)
+    with tapped(model, kept.layer) as taken:
+        for batch in backend.batches(corpus, BATCH, portion=Portion(batches=ranks.share)):
+            points = taken(batch.images)  # (B, D) float32, whatever training computes in
+            out[backend.array(batch.rows)] = backend.array(points)
     if ranks.world > 1:
         ranks.add_up(backend.tensor(out))  # a row is zero but with the rank that took it
     return out
+
+
+@contextmanager
+def tapped(model: Net, layer: str) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """Images (B, 3, H, W) -> the output of the extractor, or of a layer in it. (B, D)"""
+    if not layer:
+        yield model.features
+        return
+    passed: list[Any] = []
+
+    def note(module: torch.nn.Module, given: Any, output: Any) -> None:
+        passed[:] = [output]
+
+    def taken(images: torch.Tensor) -> torch.Tensor:
+        model.features(images)
+        return pooled(passed.pop() if passed else None, layer)
+
+    handle = model.layer(layer).register_forward_hook(note)
+    try:
+        yield taken
+    finally:
+        handle.remove()
+
+
+def pooled(output: Any, layer: str) -> torch.Tensor:
+    """(B, D) as it is, (B, D, H, W) and tokens (B, T, D) as their mean over places. (B, D)"""
+    dims = output.ndim if isinstance(output, torch.Tensor) else 0
+    places = {2: (), 3: (1,), 4: (2, 3)}.get(dims)
+    if places is None:
+        raise ConfigError(
+            f"features.layer={layer} gives no (B, D), (B, T, D) or (B, D, H, W); name another"
+        )
+    mean: torch.Tensor = output.float().mean(dim=places) if places else output
+    return mean
+
+
+@torch.inference_mode()
+def width(model: Net, layer: str, image_size: tuple[int, int]) -> int:
+    """D: how many features `features` gives an image of this height and width."""
+    if not layer:
+        return model.n_features
+    training, weight = model.training, next(model.parameters())
+    with tapped(model.eval(), layer) as taken:
+        points = taken(torch.zeros(1, 3, *image_size, device=weight.device))
+    model.train(training)
+    return int(points.shape[1])
 
 
 class Spilled:

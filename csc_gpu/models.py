@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,15 @@ class Net(nn.Module):
     def n_outputs(self) -> int:
         """C, or C + 1 with a virtual class"""
         return self.head.out_features
+
+    def layer(self, name: str) -> nn.Module:
+        """A module of the extractor by its name there; raises ConfigError with those there are."""
+        inside = getattr(self.features, "body", self.features)
+        found: dict[str, nn.Module] = dict(inside.named_modules())
+        if not name or name not in found:
+            some = ", ".join(name for name, _ in inside.named_children())
+            raise ConfigError(f"the extractor has no layer {name!r}; there are {some}, ...")
+        return found[name]
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits. (B, C)"""
@@ -95,14 +105,28 @@ MODELS: dict[str, Entry] = {
 }
 
 
+KNOWN = ", ".join((*MODELS, "timm:NAME", "torchvision:NAME"))
+"""What may stand for a model, in words."""
+
+
 def new_model(name: str, n_outputs: int, size: int, *, seed: int) -> Net:
     """A freshly initialised net, channels last. The same seed gives the same weights."""
-    if name not in MODELS:
-        raise ConfigError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
+    chosen = entry(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MODELS[name].build(n_outputs, size)
+        model = chosen.build(n_outputs, size)
     return model.to(memory_format=torch.channels_last)
+
+
+def entry(name: str) -> Entry:
+    """The net of this name: one of MODELS, or timm:NAME or torchvision:NAME."""
+    from csc_gpu import borrowed  # late, for it makes nets of ours
+
+    if name in MODELS:
+        return MODELS[name]
+    if name.partition(":")[0] in borrowed.LIBRARIES and ":" in name:
+        return Entry(partial(borrowed.build, name), borrowed.EPOCHS)
+    raise ConfigError(f"unknown model {name!r}; there are {KNOWN}")
 
 
 def _stem3x3(width: int) -> list[nn.Module]:

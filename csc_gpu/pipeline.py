@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,15 @@ from csc_gpu.backend.doctor import describe
 from csc_gpu.board import Board
 from csc_gpu.checkpoint import Folder, Following, Record
 from csc_gpu.config import flattened, override, to_toml
+from csc_gpu.data.folders import images_below
 from csc_gpu.defenses import DEFENSES
 from csc_gpu.errors import ConfigError, CorpusError, OutputError
+from csc_gpu.export import TRIED, export
+from csc_gpu.features import width
+from csc_gpu.guarded import Answer, GuardedClassifier
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
+from csc_gpu.run import read_summary
 from csc_gpu.train import budget
 from csc_gpu.types import AnswerKey, Corpus, DefenderView, Mask, Outcome, Segregation, Split
 
@@ -429,7 +434,8 @@ def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
     model = new_model(settings.train.model, corpus.n_classes, corpus.image_size[0], seed=0)
     weights: int = sum(weight.numel() for weight in model.state_dict().values())
     watched = len(settings.watch.steps(budget(len(corpus), settings.train)))
-    kept = (2 * watched + 1) * model.n_features if settings.watch.keep else 0  # numbers a row
+    d = width(model, settings.features.layer, corpus.image_size)
+    kept = (2 * watched + 1) * d if settings.watch.keep else 0  # numbers a row
     evidence = watched * len(settings.segregate.scales)
     return 4 * (11 * weights + (kept + evidence) * len(corpus)) + BYTES_PER_LINE * len(corpus)
 
@@ -458,6 +464,7 @@ def save_outcome(
                 corpus,
                 outcome.segregation,
                 asdict(settings.segregate),
+                layer=settings.features.layer or run.HEAD_INPUT,
             )
     run.write_json(folder / "summary.json", summary)
 
@@ -566,23 +573,6 @@ def recovered_score(
     return evaluate.accuracy_and_attack(model, key, n_classes, backend)
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """A finished run's summary.json; raises CorpusError if there is none."""
-    try:
-        summary: dict[str, Any] = dict(json.loads((folder / "summary.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as fault:
-        raise CorpusError(f"{folder} is no finished run: cannot read summary.json") from fault
-    missing = [name for name in NEEDED if name not in summary]
-    if missing:
-        raise CorpusError(
-            f"{folder} is no run of csc-gpu train: summary.json lacks {', '.join(missing)}"
-        )
-    return summary
-
-
-NEEDED = ("model", "n_classes", "n_outputs", "image_size", "backend")
-
-
 def joined(
     suspects: run.Suspects, key: Any, key_path: Path
 ) -> tuple[Mask, np.ndarray[Any, np.dtype[np.float64]]]:
@@ -623,6 +613,74 @@ def table(result: Mapping[str, Any]) -> str:
             f"the attack did not take hold (asr before {asr:.3f}): no suppression is claimed"
         )
     return "\n".join(lines)
+
+
+# --- predict and export ---------------------------------------------------------------------------
+
+
+def predict(folder: Path, images: Iterable[str], *, jsonl: bool, cpu: bool) -> Iterator[str]:
+    """A line for every image, in order, folders looked through: what the run's model says.
+
+    Raises CorpusError after the last if any could not be read.
+    """
+    model = GuardedClassifier.load(folder, cpu=cpu)
+    told = as_json if jsonl else as_line
+    count, faults = 0, 0
+    for answer in model.answers(named_images(images)):
+        yield told(answer, model)
+        count += 1
+        faults += bool(answer.fault)
+    if faults:
+        raise CorpusError(
+            f"{faults} of {count} images could not be read; their lines say why, the others hold"
+        )
+
+
+def named_images(names: Iterable[str]) -> Iterator[Path]:
+    """Files as they are named, and of folders all images; an empty one stands for itself."""
+    for path in map(Path, names):
+        yield from (path.is_dir() and list(images_below(path))) or [path]
+
+
+def as_line(answer: Answer, model: GuardedClassifier) -> str:
+    """path, label or REJECTED, probability, with tabs between; nothing in it moves a terminal."""
+    if answer.probabilities is None:
+        return f"{printable(answer.path)}\terror: {printable(answer.fault)}"
+    best = int(answer.probabilities.argmax())
+    label, share = str(model.classes_[best]), answer.probabilities[best]
+    return f"{printable(answer.path)}\t{printable(label)}\t{share:.4f}"
+
+
+def as_json(answer: Answer, model: GuardedClassifier) -> str:
+    """path, label (null if rejected), rejected ("trigger" or null), probability of each class."""
+    if answer.probabilities is None:
+        return json.dumps({"path": answer.path, "error": answer.fault})
+    best = int(answer.probabilities.argmax())
+    rejected, classes = best == model.n_classes, model.classes_.tolist()
+    shares = [round(share, 6) for share in answer.probabilities.tolist()]
+    return json.dumps(
+        {
+            "path": answer.path,
+            "label": None if rejected else classes[best],
+            "rejected": "trigger" if rejected else None,
+            "probability": shares[best],
+            "probabilities": dict(zip(classes, shares, strict=True)),
+        }
+    )
+
+
+def printable(text: str) -> str:
+    """The text with whatever is no plain character written out, as \\n or \\x1b."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def export_model(folder: Path, out: Path, layout: str, *, force: bool) -> str:
+    """Write a run's model for other tools, checked; where it is, in two lines."""
+    if out.exists() and not (force and out.is_file()):
+        remedy = ", or pass --force" if out.is_file() else ""
+        raise OutputError(f"{out} exists already; choose another place{remedy}")
+    export(folder, out, layout)
+    return f"{layout}: {out}\nits probabilities are those of {folder} on {max(TRIED)} trial images"
 
 
 # --- plan ---------------------------------------------------------------------------------------

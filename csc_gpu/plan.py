@@ -19,7 +19,7 @@ from csc_gpu.backend.gpu import MARGIN, asked_together
 from csc_gpu.backend.reader import SHARE_OF_MEMORY
 from csc_gpu.backend.workspace import Workspace, needed, workspace
 from csc_gpu.errors import DeviceTooSmall
-from csc_gpu.features import BATCH, CHECKED, NUMBERS
+from csc_gpu.features import BATCH, CHECKED, NUMBERS, width
 from csc_gpu.models import Net, new_model
 from csc_gpu.segregate import looked_at
 from csc_gpu.segregate.clusters import BLOCK, least_neighbours
@@ -122,7 +122,7 @@ def plan(
         return Plan(shape, held, stages, None, streamed, memory, machine)
     rest = memory - sum(held.values()) - sum(stages["cluster"].values())
     n = settings.segregate.seen(shape.rows)
-    space = _clustering(n, _dims(settings, model.n_features), rest)
+    space = _clustering(n, _dims(settings, _width(model, settings, shape)), rest)
     stages["cluster"]["DBSCAN, at least"] = 1_000_000 * needed(n, 1, "int32")
     return Plan(shape, held, stages, space, streamed, memory)
 
@@ -131,7 +131,7 @@ def _stages(
     shape: Shape, settings: csc.Settings, model: Net, machine: str
 ) -> dict[str, dict[str, int]]:
     """Bytes that each stage holds beside what is always held, without a GPU's DBSCAN."""
-    n, chosen, d = shape.rows, settings.segregate, model.n_features
+    n, chosen, d = shape.rows, settings.segregate, _width(model, settings, shape)
     image = FLOAT * 3 * shape.height * shape.width
     watched = sorted(settings.watch.steps(train.budget(n, settings.train)))
     clustered = sum(map(len, looked_at(watched, chosen).values()))
@@ -211,6 +211,11 @@ def _weights(model: Net) -> int:
     """Bytes of a net's weights and running statistics."""
     numbers: int = sum(value.numel() for value in model.state_dict().values())
     return FLOAT * numbers
+
+
+def _width(model: Net, settings: csc.Settings, shape: Shape) -> int:
+    """Features that an image gets."""
+    return width(model, settings.features.layer, (shape.height, shape.width))
 
 
 def _dims(settings: csc.Settings, n_features: int) -> int:

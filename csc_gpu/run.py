@@ -24,7 +24,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,6 +288,30 @@ def plain(value: Any) -> Any:
     return value
 
 
+# --- summary ------------------------------------------------------------------------------------
+
+
+NEEDED = ("model", "n_classes", "n_outputs", "classes", "image_size", "backend")
+"""What a summary must hold for the model to be asked."""
+
+
+def read_summary(folder: Path, needed: Collection[str] = NEEDED) -> dict[str, Any]:
+    """A finished run's summary.json; raises CorpusError if there is none, or it lacks what we need.
+
+    Of a verdict of `segregate`, which holds no model, less is needed.
+    """
+    try:
+        summary: dict[str, Any] = dict(json.loads((folder / "summary.json").read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as fault:
+        raise CorpusError(f"{folder} is no finished run: cannot read summary.json") from fault
+    missing = [name for name in needed if name not in summary]
+    if missing:
+        raise CorpusError(
+            f"{folder} is no run of csc-gpu train: summary.json lacks {', '.join(missing)}"
+        )
+    return summary
+
+
 # --- suspects -----------------------------------------------------------------------------------
 
 
@@ -432,12 +456,18 @@ class Snapshots:
     settings: Mapping[str, Any] | None = None  # of the run's segregation, if it was a run
 
 
+HEAD_INPUT = "head.input"
+"""What features are of, unless features.layer names a layer."""
+
+
 def save_snapshots(
     path: Path,
     snapshots: Mapping[str, Array],
     corpus: Corpus,
     told: Segregation,
     settings: Mapping[str, Any],
+    *,
+    layer: str = HEAD_INPUT,
 ) -> None:
     """features (S, N, D) float32 and all that `segregate` needs to give the same verdict.
 
@@ -455,7 +485,7 @@ def save_snapshots(
         labels=corpus.labels,
         rows=corpus.ids,
         paths=np.array(corpus.paths),
-        layer=np.array("head.input"),
+        layer=np.array(layer),
         n_classes=np.array(corpus.n_classes),
         classes=np.array(corpus.classes),
         check_candidates=np.array([check.candidates for check in checks], bool).reshape(-1, n),

@@ -22,7 +22,7 @@ from csc_gpu.backend.passes import Portion
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, fingerprint
 from csc_gpu.config import require
 from csc_gpu.errors import CorpusError
-from csc_gpu.models import MODELS, Net
+from csc_gpu.models import Net, entry
 from csc_gpu.types import Corpus
 
 
@@ -31,9 +31,13 @@ class Settings:
     """How the classifier is trained."""
 
     model: str = ""
-    """resnet8 or resnet18; empty: resnet8 with --cpu, resnet18 on a GPU."""
+    """resnet8, resnet18, timm:NAME or torchvision:NAME; empty: resnet8 with --cpu, resnet18 on a
+    GPU."""
+    init: str = ""
+    """Weights to start from (.safetensors): of such a net, its head if it has as many outputs. The
+    nets of the check and of --recover start there, too: weights that know the trigger keep it."""
     epochs: int = 0
-    """Passes over the corpus; 0: what goes with the model (resnet8 10, resnet18 100)."""
+    """Passes over the corpus; 0: what goes with the model (resnet8 10, all others 100)."""
     min_steps: int = 600
     """Fewest optimiser steps: a small corpus gets more epochs than asked for."""
     batch: int = 128
@@ -52,8 +56,8 @@ class Settings:
     """Mirror images at random; for pictures whose mirror image has the same label."""
 
     def __post_init__(self) -> None:
-        models = ("", *MODELS)
-        require(self, "train", f"one of {', '.join(MODELS)}", models.__contains__, "model")
+        if self.model:
+            entry(self.model)  # raises ConfigError
         require(self, "train", "4 or more", lambda rows: rows >= 4, "batch")
         require(self, "train", "above 0", lambda value: 0 < value < math.inf, "lr")
         positive = ("epochs", "min_steps", "weight_decay", "warmup")
@@ -90,7 +94,7 @@ class Moment:
 def budget(n_rows: int, settings: Settings) -> Budget:
     """Epochs and steps for so many rows."""
     steps = math.ceil(n_rows / settings.batch)
-    epochs = settings.epochs or MODELS[settings.model].epochs
+    epochs = settings.epochs or entry(settings.model).epochs
     return Budget(max(epochs, math.ceil(settings.min_steps / steps)), steps)
 
 

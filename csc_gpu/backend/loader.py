@@ -710,6 +710,25 @@ def _read_pil(reading: Reading) -> Runs:
 
 def _decoded_pil(content: bytes, height: int, width: int) -> NDArray[np.uint8] | None:
     """One image by Pillow, None when it does not decode. (height, width, 3)"""
+    rgb = _upright_pil(content)
+    if rgb is not None and rgb.size != (width, height):
+        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+    return None if rgb is None else np.asarray(rgb)
+
+
+def picture(place: Place) -> Image.Image:
+    """One image as it is, RGB and upright; raises CorpusError if it does not decode."""
+    content = contents_of(place)
+    if isinstance(content, str):
+        raise _blame(place, content)
+    rgb = _upright_pil(content)
+    if rgb is None:
+        raise _blame(place)
+    return rgb
+
+
+def _upright_pil(content: bytes) -> Image.Image | None:
+    """One image by Pillow in its own size, None when it does not decode."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             image.load()
@@ -722,11 +741,7 @@ def _decoded_pil(content: bytes, height: int, width: int) -> NDArray[np.uint8] |
                 rgb = image.convert("RGB")
     except (OSError, SyntaxError, ValueError):
         return None
-    if upright is not None:
-        rgb = rgb.transpose(upright)
-    if rgb.size != (width, height):
-        rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(rgb)
+    return rgb if upright is None else rgb.transpose(upright)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -16,6 +16,7 @@ from csc_gpu.data.digits import open_digits
 from csc_gpu.data.folders import open_folder
 from csc_gpu.data.holdout import held_out
 from csc_gpu.data.manifests import open_manifest
+from csc_gpu.data.metadata import has_metadata, open_metadata
 from csc_gpu.data.packed import is_packed, open_packed
 from csc_gpu.data.shards import has_shards, open_shards
 from csc_gpu.errors import ConfigError, CorpusError
@@ -89,7 +90,9 @@ def _opened(source: str, log: Log) -> tuple[Corpus, Corpus | None]:
     if path.is_dir():
         if is_packed(path):
             return open_packed(path, log)
-        return open_shards(path) if has_shards(path) else open_folder(path)
+        if has_shards(path):
+            return open_shards(path)
+        return open_metadata(path) if has_metadata(path) else open_folder(path)
     if path.is_file() and path.suffix.lower() == ".npz":
         return open_arrays(path)
     if path.is_file() and path.suffix.lower() == ".csv":

@@ -1,5 +1,7 @@
 """A corpus as image files, a folder for each class: train/<class>/ and test/<class>/, or <class>/.
 
+The held-out part may also be called as Hugging Face has it, validation/ among others.
+
 Rows go by file name first and class second, in natural order, so that row i of a poisoned set is
 the file numbered i. A `classes.txt` gives the classes and their order, one name a line; else they
 are the folders that hold images, sorted.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,8 @@ from csc_gpu.types import Corpus
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 CLASS_LIST = "classes.txt"
+HELD_OUT = ("test", "validation", "valid", "val", "dev")
+"""What the part that is held out may be called; the first that is there is taken, no other read."""
 
 WORTH_KEEPING = 10_000
 """Images from which on a listing is kept: shorter ones take no time."""
@@ -34,9 +39,7 @@ Listing = list[tuple[str, str]]
 
 def open_folder(folder: Path) -> tuple[Corpus, Corpus | None]:
     """The train and test parts of a folder of image files; None if it has no test part."""
-    parts = [""]
-    if (folder / "train").is_dir() and subfolders(folder / "train"):
-        parts = ["train", "test"] if (folder / "test").is_dir() else ["train"]
+    parts = parts_of(folder) if _has_classes(folder / "train") else [""]
     listings = [_listing(folder / part) for part in parts]
     present = class_order(name for listing in listings for _, name in listing)
     classes = listed_classes(folder / CLASS_LIST) or present
@@ -50,6 +53,17 @@ def open_folder(folder: Path) -> tuple[Corpus, Corpus | None]:
         for part, listing in zip(parts, listings, strict=True)
     ]
     return corpora[0], corpora[1] if len(corpora) == 2 else None
+
+
+def parts_of(folder: Path) -> list[str]:
+    """train and the part held out, if it has one; [""] if it has no parts."""
+    if not (folder / "train").is_dir():
+        return [""]
+    return ["train", *[name for name in HELD_OUT if (folder / name).is_dir()][:1]]
+
+
+def _has_classes(folder: Path) -> bool:
+    return folder.is_dir() and bool(subfolders(folder))
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -69,6 +83,13 @@ def images_in(folder: Path) -> list[str]:
             and not entry.name.startswith(".")
             and not entry.is_dir()
         ]
+
+
+def images_below(folder: Path) -> Iterator[Path]:
+    """Every image in the folder and its subfolders, in natural order; links to folders are left."""
+    for here, names, _ in os.walk(folder):
+        names[:] = sorted((n for n in names if not n.startswith(".")), key=natural)
+        yield from (Path(here, name) for name in sorted(images_in(Path(here)), key=natural))
 
 
 def _listing(folder: Path) -> Listing:

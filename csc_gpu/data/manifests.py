@@ -31,11 +31,16 @@ def open_manifest(manifest: Path) -> tuple[Corpus, Corpus | None]:
         lines = _lines(manifest)
     except (UnicodeDecodeError, csv.Error) as fault:
         raise CorpusError(f"{manifest} is not a CSV in UTF-8: {fault}") from fault
+    return corpora(manifest.parent, lines)
+
+
+def corpora(folder: Path, lines: list[Line]) -> tuple[Corpus, Corpus | None]:
+    """The train and test parts of lines whose paths begin in a folder."""
     classes = class_order(line.label for line in lines)
     if not lines[0].split:
-        return _corpus(manifest.parent, lines, classes), None
+        return _corpus(folder, lines, classes), None
     train, test = ([line for line in lines if line.split == part] for part in ("train", "test"))
-    return _corpus(manifest.parent, train, classes), _corpus(manifest.parent, test, classes)
+    return _corpus(folder, train, classes), _corpus(folder, test, classes)
 
 
 def _lines(manifest: Path) -> list[Line]:
