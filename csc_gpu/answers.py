@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from csc_gpu import harmless
 from csc_gpu.data.arrays import load_arrays
 from csc_gpu.data.folders import CLASS_LIST
 from csc_gpu.errors import CorpusError
@@ -101,7 +102,8 @@ def _write_truth(path: Path, classes: tuple[str, ...], key: AnswerKey) -> None:
         for row, name in enumerate(key.paths):
             original = key.orig_labels[row]
             labels = classes[key.given_labels[row]], classes[original] if original >= 0 else ""
-            writer.writerow((name, *labels, key.is_poison[row], key.is_cover[row]))
+            told = map(harmless.cell, (name, *labels))
+            writer.writerow((*told, key.is_poison[row], key.is_cover[row]))
 
 
 def _rows(array: NDArray[Any]) -> int:

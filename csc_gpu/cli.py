@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from csc_gpu.errors import ConfigError, CscError, Interrupted, Terminated
+from csc_gpu.harmless import printable
 
 
 class Failure(click.ClickException):
@@ -45,7 +46,7 @@ class Commands(click.Group):
         except CscError as fault:
             kind = Stopped if isinstance(fault, Interrupted) else Failure
             kind = Ended if isinstance(fault, Terminated) else kind
-            raise kind(" ".join(str(fault).split())) from fault
+            raise kind(printable(" ".join(str(fault).split()))) from fault
         except KeyboardInterrupt:
             raise Stopped("interrupted; nothing had been written") from None
         except Exception as fault:

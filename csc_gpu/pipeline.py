@@ -28,7 +28,16 @@ from csc_gpu.errors import ConfigError, CorpusError, OutputError
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
 from csc_gpu.train import budget
-from csc_gpu.types import AnswerKey, Corpus, DefenderView, Mask, Outcome, Segregation, Split
+from csc_gpu.types import (
+    AnswerKey,
+    Corpus,
+    DefenderView,
+    Drawing,
+    Mask,
+    Outcome,
+    Segregation,
+    Split,
+)
 
 Labels = NDArray[np.int64]
 BYTES_PER_LINE = 150
@@ -443,6 +452,8 @@ def save_outcome(
     if outcome.segregation is not None:
         run.save_suspects(folder / "suspects.csv", run.names(corpus), outcome.segregation)
         run.save_clusters(folder / "clusters.csv", outcome.segregation, corpus.classes)
+        if outcome.drawing is not None:
+            run.save_drawing(folder / "drawing.npz", outcome.drawing)
         if outcome.snapshots:
             run.save_snapshots(
                 folder / "features.npz",
@@ -538,8 +549,10 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
     result["recovered"] = recovered_score(folder, summary, key, backend)
     if (folder / "suspects.csv").exists():
         suspects = run.load_suspects(folder / "suspects.csv")
-        found = evaluate.detection(*joined(suspects, key, key_path), key)
-        result["detection"] = {**found, "rows_not_seen": len(key.paths) - len(suspects.paths)}
+        told = joined(suspects, key, key_path)
+        not_seen = len(key.paths) - len(suspects.paths)
+        result["detection"] = {**evaluate.detection(*told, key), "rows_not_seen": not_seen}
+        result["curves"] = evaluate.curves(told[1], key)
     with run.writing(folder / "score.json"):
         run.write_json(folder / "score.json", result)
     where = f"\nsuspects: {folder / 'suspects.csv'}" if result["detection"] else ""
@@ -670,10 +683,12 @@ def segregate(
     with run.fresh_directory(out, run.VERDICT, force=force) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
         with Console(folder / "log.jsonl") as log:
-            told = watch(found, settings.segregate, backend, log)
+            told, drawing = watch(found, settings.segregate, backend, log)
         labels, classes = found.labels, found.classes
         run.save_suspects(folder / "suspects.csv", found.names, told)
         run.save_clusters(folder / "clusters.csv", told, classes)
+        if drawing is not None:
+            run.save_drawing(folder / "drawing.npz", drawing)
         summary = {
             "verdict": verdict(told.suspect, labels, classes),
             "rows": len(told.suspect),
@@ -699,8 +714,8 @@ def known_settings() -> set[str]:
 
 def watch(
     found: run.Snapshots, settings: segregation.Settings, backend: Backend, log: Console
-) -> Segregation:
-    """The verdict on saved snapshots, with what verification returned at the time."""
+) -> tuple[Segregation, Drawing | None]:
+    """The verdict on saved snapshots, with what verification returned then; what to draw."""
     sightings = []
     scales = segregation.looked_at(range(len(found.features)), settings)
     for number, (points, epoch) in enumerate(zip(found.features, found.epoch, strict=True)):
@@ -712,4 +727,5 @@ def watch(
         )
         log("snapshot", sighting=sightings[-1])
     witness = run.replay(found, backend)
-    return segregation.segregate(sightings, found.labels, settings, backend, witness)
+    told = segregation.segregate(sightings, found.labels, settings, backend, witness)
+    return told, segregation.drawing(sightings, told.suspect, settings, backend)

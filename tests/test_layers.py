@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "csc_gpu"
 
 LAYERS = (
-    {"errors", "files", "cache"},
+    {"errors", "files", "cache", "harmless"},
     {"types"},
     {"config"},
     {"checkpoint"},
@@ -23,6 +23,7 @@ LAYERS = (
     {"csc", "attacks", "defenses", "sources"},
     {"answers", "evaluate", "foreign", "pack", "plan"},
     {"run", "board", "progress"},
+    {"report", "clean", "review"},
     {"pipeline", "bench"},
     {"cli", "__main__"},
 )
