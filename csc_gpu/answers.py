@@ -34,11 +34,7 @@ def save_poisoned(out: Path, split: Split, key: AnswerKey, log: Log = quiet) -> 
     Raises CorpusError for a class whose name cannot be that of a folder.
     """
     for name in split.train.classes:
-        if not _is_folder_name(name):
-            raise CorpusError(
-                f"class {name!r} cannot be written as a folder: rename it, without '/', control "
-                "characters, a leading '.' or spaces around it"
-            )
+        folder_name(name)
     total, done = len(split.train) + len(split.test), 0
     for part in (split.train, split.test):
         for path, image in zip(part.paths, part.images, strict=True):
@@ -83,8 +79,14 @@ def load_key(path: Path) -> AnswerKey:
     )
 
 
-def _is_folder_name(name: str) -> bool:
-    return name == name.strip() != "" and name.isprintable() and "/" not in name and name[0] != "."
+def folder_name(name: str) -> str:
+    """The name of a class, which may be that of a folder; raises CorpusError if it may not."""
+    if name == name.strip() != "" and name.isprintable() and "/" not in name and name[0] != ".":
+        return name
+    raise CorpusError(
+        f"class {name!r} cannot be written as a folder: rename it, without '/', control "
+        "characters, a leading '.' or spaces around it"
+    )
 
 
 def _write_png(path: Path, image: NDArray[np.uint8]) -> None:

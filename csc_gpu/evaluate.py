@@ -27,7 +27,6 @@ from csc_gpu.features import BATCH
 from csc_gpu.models import Net
 from csc_gpu.types import AnswerKey, Corpus, Mask
 
-
 CURVE = 200
 """Points of a curve, at most."""
 

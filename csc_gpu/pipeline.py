@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from csc_gpu import answers, attacks, csc, data, evaluate, foreign, run, sources
+from csc_gpu import answers, attacks, conceal, csc, data, evaluate, foreign, report, run, sources
+from csc_gpu import clean as cleaning
 from csc_gpu import pack as packing
 from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
@@ -27,6 +28,7 @@ from csc_gpu.defenses import DEFENSES
 from csc_gpu.errors import ConfigError, CorpusError, OutputError
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
+from csc_gpu.report import findings
 from csc_gpu.train import budget
 from csc_gpu.types import (
     AnswerKey,
@@ -221,11 +223,13 @@ def train(
     resume: bool,
     quiet: bool,
     tensorboard: bool,
+    page: bool,
     backend: Backend,
 ) -> str:
     """Run a defense on a source and write the run directory; the verdict, in a few lines.
 
-    With resume an interrupted run there is gone on with, and a finished one left as it is.
+    With resume an interrupted run there is gone on with, and a finished one left as it is. The page
+    is made when the run is complete, so that nothing about it can harm the run.
     """
     if defense not in DEFENSES:
         raise ConfigError(f"unknown defense {defense!r}; there are {', '.join(DEFENSES)}")
@@ -271,7 +275,22 @@ def train(
             summary |= {"starts": starts, "memory": check.measured()}
             save_outcome(folder, outcome, split, settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
-    return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
+    told = f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
+    return f"{told}\n{paged(out)}" if page else told
+
+
+def paged(folder: Path) -> str:
+    """The line that says where the page of a run is, or why there is none."""
+    try:
+        return f"report: {report.write(folder)}"
+    except Exception as fault:  # whatever it is, the run is worth more than its page
+        return f"no report ({' '.join(str(fault).split())}): csc-gpu report {folder} tries again"
+
+
+def look(folder: Path, projection: str) -> str:
+    """Write the page of a finished run; where it is."""
+    with Console() as log:
+        return f"report: {report.write(folder, projection, log)}"
 
 
 def follow(source: str, out: Path, *, skip_broken: bool, backend: Backend, **how: Any) -> str:
@@ -572,10 +591,7 @@ def recovered_score(
 
 def read_summary(folder: Path) -> dict[str, Any]:
     """A finished run's summary.json; raises CorpusError if there is none."""
-    try:
-        summary: dict[str, Any] = dict(json.loads((folder / "summary.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as fault:
-        raise CorpusError(f"{folder} is no finished run: cannot read summary.json") from fault
+    summary = run.read_document(folder, "summary.json")
     missing = [name for name in NEEDED if name not in summary]
     if missing:
         raise CorpusError(
@@ -627,6 +643,131 @@ def table(result: Mapping[str, Any]) -> str:
             f"the attack did not take hold (asr before {asr:.3f}): no suppression is claimed"
         )
     return "\n".join(lines)
+
+
+# --- clean --------------------------------------------------------------------------------------
+
+
+def clean(
+    folder: Path,
+    source: str,
+    out: Path,
+    kind: str,
+    *,
+    keep: Path | None,
+    drop: Path | None,
+    review: Path | None,
+    copy: bool,
+    shard_bytes: int,
+    force: bool,
+) -> str:
+    """Write a run's corpus without what is poison; how much that was, in a few lines."""
+    if copy and kind != "folder":
+        raise ConfigError(f"--copy is for --as folder; a {kind} copies nothing, or all")
+    summary = read_summary(folder)
+    suspects = run.load_suspects(folder / "suspects.csv")
+    said = cleaning.reviewed(suspects, keep, drop, review)
+    poison = cleaning.guilty(suspects, said)
+    run.check_free(out, cleaning.KINDS[kind], force=force)
+    run.check_apart(source, out)
+    run.check_apart(str(folder), out)
+    if Path(source).exists() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise OutputError(f"{out} lies in the source {source}, which is not changed; go elsewhere")
+    with Console() as log:
+        split = data.open_source(source, findings.settings_of(folder).data)
+        split = cleaning.sound(split, summary.get("broken") or ())
+        place = cleaning.place_of(split, suspects, source)
+        split = cleaning.without(split, place[poison], source)
+        recipe = {
+            "source": str(Path(source).absolute()) if Path(source).exists() else source,
+            "run": str(folder.absolute()),
+            "verdict": summary["verdict"],
+            "as": kind,
+            "rows": len(suspects.paths),
+            "left_out": int(poison.sum()),
+            "broken": split.broken,
+            "kept_by_review": int((suspects.suspect & ~poison).sum()),
+            "dropped_by_review": int((~suspects.suspect & poison).sum()),
+            "reviews": said.files,
+            "said": said.said,
+            "commit": run.commit(),
+        }
+        with run.fresh_directory(out, cleaning.KINDS[kind], force=force) as place_:
+            cleaning.write(place_, split, kind, copy=copy, shard_bytes=shard_bytes, log=log)
+            cleaning.write_removed(place_ / cleaning.REMOVED, suspects, poison, said.said)
+            run.write_json(place_ / cleaning.RECIPE, recipe)
+    corpus = out / cleaning.MANIFEST if kind == "manifest" else out
+    people = f" ({recipe['kept_by_review']} suspects kept, {recipe['dropped_by_review']} others "
+    people += "dropped on people's word)"
+    return (
+        f"{recipe['left_out']} of {recipe['rows']} rows left out{people if said.said else ''}\n"
+        f"corpus: {corpus}\nleft out: {out / cleaning.REMOVED}"
+    )
+
+
+# --- conceal ------------------------------------------------------------------------------------
+
+COPIED = ("settings.toml", "clusters.csv", "drawing.npz", "features.npz", "log.jsonl")
+"""What a run has in common with the one whose verdict people have reviewed."""
+
+
+def conceal_again(
+    folder: Path,
+    out: Path,
+    *,
+    keep: Path | None,
+    drop: Path | None,
+    review: Path | None,
+    force: bool,
+    backend: Backend,
+) -> str:
+    """Fine-tune the head anew with the suspects as people have reviewed them; the new run.
+
+    recovered.safetensors is not among it: that net has not learnt from the suspects of before.
+    """
+    summary, settings = read_summary(folder), findings.settings_of(folder)
+    suspects = run.load_suspects(folder / "suspects.csv")
+    said = cleaning.reviewed(suspects, keep, drop, review)
+    poison = cleaning.guilty(suspects, said)
+    run.check_free(out, run.RUN, force=force)
+    run.check_apart(str(folder), out)
+    source = summary["source"]
+    with run.fresh_directory(out, run.RUN, force=force) as place:
+        for name in COPIED:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, place / name)
+        with Console(place / "log.jsonl") as log:
+            skip_broken = bool(summary.get("broken"))
+            split = sources.load(
+                source, settings.data, backend=backend, skip_broken=skip_broken, log=log
+            )
+            split = replace(
+                split, train=split.train.take(cleaning.place_of(split, suspects, source))
+            )
+            model = run.load_model(folder / "undefended.safetensors", summary, summary["n_classes"])
+            model.to(backend.device)
+            clock = csc.Stopwatch(backend)
+            with clock("conceal"):
+                concealed = conceal.conceal(
+                    model,
+                    split.train,
+                    poison,
+                    settings.conceal,
+                    backend,
+                    seed=summary["seed"],
+                    log=log,
+                )
+            notes = {**summary["segregation"], "reviewed": said.files}
+            told = Segregation(poison, suspects.score.astype(np.float32), {}, notes)
+            outcome = Outcome(concealed, model, split.train.n_classes, told, {}, clock.seconds)
+            new = summary | summarise(source, split, outcome, settings, backend)
+            for name, net in (("undefended", model), ("model", concealed)):
+                path = place / f"{name}.safetensors"
+                run.save_model(path, net, settings.train.model, split.train)
+            lines = cleaning.judged(folder / "suspects.csv", suspects, poison, said)
+            run.write_table(place / "suspects.csv", *lines)
+            run.write_json(place / "summary.json", new | {"reviewed_run": str(folder.absolute())})
+    return f"{new['verdict']}\nsuspects: {out / 'suspects.csv'}\n{paged(out)}"
 
 
 # --- plan ---------------------------------------------------------------------------------------

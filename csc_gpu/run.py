@@ -27,7 +27,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -289,6 +289,14 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def read_document(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON document of a finished run; raises CorpusError if there is none."""
+    try:
+        return dict(json.loads((folder / name).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as fault:
+        raise CorpusError(f"{folder} is no finished run: cannot read {name}") from fault
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """As JSON, indented; numbers that are not finite become null."""
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
@@ -305,6 +313,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value
+
+
+def write_table(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """A CSV that is either the old one or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(lines)
+    os.replace(partial, path)
 
 
 # --- suspects -----------------------------------------------------------------------------------
@@ -330,23 +348,18 @@ def save_suspects(path: Path, rows: Names, verdict: Segregation) -> None:
 
     A path or label that a spreadsheet would take for a formula begins with an apostrophe.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(("row", "path", "label", "is_poison_issue", "poison_score", *COLUMNS))
-        columns = [[_cell(item) for item in verdict.table[column]] for column in COLUMNS]
-        writer.writerows(
-            zip(
-                rows.ids.tolist(),
-                map(harmless.cell, rows.paths),
-                map(harmless.cell, rows.labels),
-                verdict.suspect.tolist(),
-                (f"{score:.6f}" for score in verdict.score),
-                *columns,
-                strict=True,
-            )
-        )
-    os.replace(partial, path)
+    columns = [[_cell(item) for item in verdict.table[column]] for column in COLUMNS]
+    lines = zip(
+        rows.ids.tolist(),
+        map(harmless.cell, rows.paths),
+        map(harmless.cell, rows.labels),
+        verdict.suspect.tolist(),
+        (f"{score:.6f}" for score in verdict.score),
+        *columns,
+        strict=True,
+    )
+    header = ("row", "path", "label", "is_poison_issue", "poison_score", *COLUMNS)
+    write_table(path, header, lines)
 
 
 def _cell(item: Any) -> str:
@@ -357,14 +370,9 @@ def _cell(item: Any) -> str:
 
 def save_clusters(path: Path, verdict: Segregation, classes: tuple[str, ...]) -> None:
     """One line a cluster at a snapshot and a scale; diversity in bits, eps of unit features."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(CLUSTER_COLUMNS)
-        for line in verdict.clusters:
-            told = {**line, "label": harmless.cell(classes[line["label"]])}
-            writer.writerow(_cell(told[column]) for column in CLUSTER_COLUMNS)
-    os.replace(partial, path)
+    told = ({**line, "label": harmless.cell(classes[line["label"]])} for line in verdict.clusters)
+    lines = ([_cell(line[column]) for column in CLUSTER_COLUMNS] for line in told)
+    write_table(path, CLUSTER_COLUMNS, lines)
 
 
 def save_drawing(path: Path, drawing: Drawing) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from csc_gpu.backend import Backend
 from csc_gpu.segregate.rules import RULES
 from csc_gpu.segregate.settings import Settings
-from csc_gpu.types import Clusters, Drawing, Mask, Sighting
+from csc_gpu.types import Array, Clusters, Drawing, Mask, Sighting
 
 SUSPECTS = 500
 """Suspects that are drawn, at most."""
@@ -26,12 +26,13 @@ def drawing(
     if not seen:
         return None
     rows = drawn(suspect)
+    planes: list[Array] = [sighting.plane for sighting in seen]
     up, down = backend.xp.asarray(rows), backend.to_numpy
     shown = [decisive(sighting, settings, backend) for sighting in seen]
     return Drawing(
         rows=rows,
         epoch=np.array([sighting.epoch for sighting in seen]),
-        plane=np.stack([down(sighting.plane[up]) for sighting in seen if sighting.plane is not None]),
+        plane=np.stack([down(plane[up]).astype(np.float16) for plane in planes]),
         scale=np.array([clusters.scale for clusters in shown]),
         cluster=np.stack([down(clusters.of_row[up]).astype(np.int32) for clusters in shown]),
         reach=np.stack([down(sighting.reach).astype(np.float32) for sighting in seen]),
@@ -47,7 +48,7 @@ def drawn(suspect: Mask) -> NDArray[np.int64]:
 
 
 def decisive(sighting: Sighting, settings: Settings, backend: Backend) -> Clusters:
-    """The clusters at the scale at which the rule names most rows; the coarsest if it names none."""
+    """The clusters at the scale at which most rows are named; at the coarsest, if none are."""
     rule, xp = RULES[settings.rule], backend.xp
 
     def named(clusters: Clusters) -> int:
