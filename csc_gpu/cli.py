@@ -405,9 +405,7 @@ def reviewed(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--review", type=file, help="What csc-gpu review has saved."),
         click.option("--drop", type=file, help="Rows that are poison, whatever the run says."),
-        click.option(
-            "--keep", type=file, help="Rows that are fine: a path or number a line."
-        ),
+        click.option("--keep", type=file, help="Rows that are fine: a path or number a line."),
     ):
         command = option(command)
     return command

@@ -707,7 +707,14 @@ def clean(
 
 # --- conceal ------------------------------------------------------------------------------------
 
-COPIED = ("settings.toml", "clusters.csv", "drawing.npz", "features.npz", "log.jsonl")
+COPIED = (
+    "settings.toml",
+    "clusters.csv",
+    "drawing.npz",
+    "features.npz",
+    "log.jsonl",
+    "undefended.safetensors",
+)
 """What a run has in common with the one whose verdict people have reviewed."""
 
 
@@ -761,9 +768,8 @@ def conceal_again(
             told = Segregation(poison, suspects.score.astype(np.float32), {}, notes)
             outcome = Outcome(concealed, model, split.train.n_classes, told, {}, clock.seconds)
             new = summary | summarise(source, split, outcome, settings, backend)
-            for name, net in (("undefended", model), ("model", concealed)):
-                path = place / f"{name}.safetensors"
-                run.save_model(path, net, settings.train.model, split.train)
+            path = place / "model.safetensors"
+            run.save_model(path, concealed, settings.train.model, split.train)
             lines = cleaning.judged(folder / "suspects.csv", suspects, poison, said)
             run.write_table(place / "suspects.csv", *lines)
             run.write_json(place / "summary.json", new | {"reviewed_run": str(folder.absolute())})

@@ -22,7 +22,7 @@ from csc_gpu.config import flattened
 from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.harmless import printable
 from csc_gpu.report import pictures, plots
-from csc_gpu.report.findings import Findings, read
+from csc_gpu.report.findings import Findings, Lines, read
 from csc_gpu.segregate import RULES
 from csc_gpu.types import Drawing, Log, quiet
 
@@ -32,7 +32,7 @@ PROJECTIONS = ("pca", "umap")
 LABELS = 3
 """Labels with a gallery, at most."""
 CLUSTERS = 40
-"""Lines of the cluster table, at most: those that are named, then the largest."""
+"""Lines of the cluster table, at most."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def html(found: Findings, looks: Looks, figures: Mapping[str, Any], projection: 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "thousands": thousands}
+    environment.filters |= {"percent": percent, "thousands": thousands, "span": span}
     environment.policies["json.dumps_function"] = _json
     about, score = found.summary, found.score
     return environment.get_template("page.html").render(
@@ -243,11 +243,24 @@ def umap(found: Findings, drawing: Drawing) -> NDArray[np.float32]:
     return np.stack([parted.fit_transform(kept.features[at][drawing.rows]) for at in which])
 
 
-def cluster_lines(found: Findings) -> list[dict[str, Any]]:
-    """The clusters worth a line: those that are named, then the largest; why, in words."""
+@dataclass(frozen=True)
+class Kin:
+    """The clusters of one label that are, or are not, named for one reason."""
+
+    label: str
+    named: bool
+    why: str
+    count: int
+    spans: Mapping[str, tuple[float, float]]  # of each column: the least and the most
+
+
+def cluster_lines(found: Findings) -> list[Kin]:
+    """Every label's clusters over scales and snapshots, by why they are named or not.
+
+    Those that are named first, then those that hold most rows.
+    """
     chosen = found.settings.segregate
     rule = RULES[chosen.rule]
-    order = sorted(found.clusters, key=lambda line: (not line["named"], -line["size"]))
 
     def why(line: Mapping[str, Any]) -> str:
         if line["named"]:
@@ -258,5 +271,26 @@ def cluster_lines(found: Findings) -> list[dict[str, Any]]:
             return "holds several labels"
         return "where its label is at home"
 
-    lines = [{**line, "why": why(line)} for line in order[:CLUSTERS]]
-    return sorted(lines, key=lambda line: (not line["named"], line["epoch"], line["scale"]))
+    kin: dict[tuple[str, bool, str], list[Mapping[str, Any]]] = {}
+    for line in found.clusters:
+        kin.setdefault((line["label"], line["named"], why(line)), []).append(line)
+    lines = [
+        Kin(*key, len(some), {name: _span(some, name) for name in SPANS})
+        for key, some in kin.items()
+    ]
+    order = sorted(lines, key=lambda line: (not line.named, -line.count * line.spans["size"][1]))
+    return order[:CLUSTERS]
+
+
+SPANS = ("size", "purity", "diversity", "density", "scale", "epoch")
+
+
+def _span(lines: Lines, name: str) -> tuple[float, float]:
+    values = [abs(float(line[name])) for line in lines]
+    return min(values), max(values)
+
+
+def span(ends: tuple[float, float], digits: str = "g") -> str:
+    """Two numbers as from-to, or the one that they both are."""
+    low, high = (format(end, digits) for end in ends)
+    return low if low == high else f"{low}\u2013{high}"
