@@ -16,12 +16,12 @@ from click.testing import CliRunner
 from csc_gpu import clean, review, run
 from csc_gpu.cli import cli
 from csc_gpu.errors import ConfigError, CorpusError, OutputError
-from csc_gpu.review import LOOPBACK, Session, application, groups
+from csc_gpu.review import Session, application, groups
 from tests.browser import complaints, opened
 
 flask = pytest.importorskip("flask", reason="flask is not installed")
 TOKEN = "the-token"
-HOME = {"Host": f"{LOOPBACK}:8000"}
+HOME = {"Host": "127.0.0.1:8000"}
 QUICK = ("--set", "train.epochs=2", "--set", "train.min_steps=1", "--set", "train.batch=32",
          "--set", "conceal.epochs=2", "--set", "segregate.rule=persistence",
          "--set", "segregate.persistence=1", "--set", "segregate.min_rows=4")  # fmt: skip
@@ -130,8 +130,8 @@ def test_nothing_listens_beyond_loopback(folder):
     session = Session(folder)
     try:
         port = int(session.url.split(":")[2].split("/")[0])
-        assert session._server.socket.getsockname() == (LOOPBACK, port)
-        assert session.url.startswith(f"http://{LOOPBACK}:") and len(session.url) > 50
+        assert session._server.socket.getsockname() == ("127.0.0.1", port)
+        assert session.url.startswith("http://127.0.0.1:") and len(session.url) > 50
         with pytest.raises(OutputError, match="is taken"):
             Session(folder, port)
         outside = socket.gethostbyname(socket.gethostname())
