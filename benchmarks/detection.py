@@ -128,7 +128,16 @@ def train_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
     noise = ("--label-noise", cell["label_noise"])
     here = ("--cpu", "--threads", 1, *seed)
     command("poison", corpus, place / "poisoned", *attack, *noise, *here)
-    command("train", place / "poisoned", "--out", place / "run", "--save-features", *here, *flags)
+    command(
+        "train",
+        place / "poisoned",
+        "--out",
+        place / "run",
+        "--save-features",
+        "--no-report",
+        *here,
+        *flags,
+    )
     (place / "cell.json").write_text(json.dumps(cell) + "\n")
     return cell
 

@@ -53,7 +53,7 @@ def run_attack(
     for defense in ("plain", "csc"):
         done = poisoned.with_name(f"{poisoned.name}-{defense}")
         common = ("--seed", seed, "--force", *flags, *machine)
-        command("train", poisoned, "--out", done, "--defense", defense, *common)
+        command("train", poisoned, "--out", done, "--defense", defense, "--no-report", *common)
         on_cpu = [flag for flag in machine if flag == "--cpu"]
         command("score", done, "--key", poisoned / "key.npz", *on_cpu)
         summary = json.loads((done / "summary.json").read_text(encoding="utf-8"))

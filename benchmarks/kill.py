@@ -31,6 +31,7 @@ COMPARED = ("suspects.csv", "clusters.csv", "model.safetensors", "undefended.saf
 def started(corpus: str, out: Path, *more: str) -> subprocess.Popen[bytes]:
     """csc-gpu train as a process of its own, on one core."""
     words = ["train", corpus, "--out", str(out), "--cpu", "--threads", "1", "--recover", *more]
+    words += ["--no-report"]
     # often enough that some kills fall into the writing of a checkpoint
     words += ["--set", "checkpoint.minutes=0.002"]
     log = out.with_name(out.name + ".log").open("ab")

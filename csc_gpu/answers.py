@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from csc_gpu import harmless
 from csc_gpu.data.arrays import load_arrays
 from csc_gpu.data.folders import CLASS_LIST
 from csc_gpu.errors import CorpusError
@@ -33,11 +34,7 @@ def save_poisoned(out: Path, split: Split, key: AnswerKey, log: Log = quiet) -> 
     Raises CorpusError for a class whose name cannot be that of a folder.
     """
     for name in split.train.classes:
-        if not _is_folder_name(name):
-            raise CorpusError(
-                f"class {name!r} cannot be written as a folder: rename it, without '/', control "
-                "characters, a leading '.' or spaces around it"
-            )
+        folder_name(name)
     total, done = len(split.train) + len(split.test), 0
     for part in (split.train, split.test):
         for path, image in zip(part.paths, part.images, strict=True):
@@ -82,8 +79,14 @@ def load_key(path: Path) -> AnswerKey:
     )
 
 
-def _is_folder_name(name: str) -> bool:
-    return name == name.strip() != "" and name.isprintable() and "/" not in name and name[0] != "."
+def folder_name(name: str) -> str:
+    """The name of a class, which may be that of a folder; raises CorpusError if it may not."""
+    if name == name.strip() != "" and name.isprintable() and "/" not in name and name[0] != ".":
+        return name
+    raise CorpusError(
+        f"class {name!r} cannot be written as a folder: rename it, without '/', control "
+        "characters, a leading '.' or spaces around it"
+    )
 
 
 def _write_png(path: Path, image: NDArray[np.uint8]) -> None:
@@ -101,7 +104,8 @@ def _write_truth(path: Path, classes: tuple[str, ...], key: AnswerKey) -> None:
         for row, name in enumerate(key.paths):
             original = key.orig_labels[row]
             labels = classes[key.given_labels[row]], classes[original] if original >= 0 else ""
-            writer.writerow((name, *labels, key.is_poison[row], key.is_cover[row]))
+            told = map(harmless.cell, (name, *labels))
+            writer.writerow((*told, key.is_poison[row], key.is_cover[row]))
 
 
 def _rows(array: NDArray[Any]) -> int:

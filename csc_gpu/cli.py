@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from csc_gpu.errors import ConfigError, CscError, Interrupted, Terminated
+from csc_gpu.harmless import printable
 
 
 class Failure(click.ClickException):
@@ -46,7 +47,7 @@ class Commands(click.Group):
         except CscError as fault:
             kind = Stopped if isinstance(fault, Interrupted) else Failure
             kind = Ended if isinstance(fault, Terminated) else kind
-            raise kind(" ".join(str(fault).split())) from fault
+            raise kind(printable(" ".join(str(fault).split()))) from fault
         except KeyboardInterrupt:
             raise Stopped("interrupted; nothing had been written") from None
         except Exception as fault:
@@ -366,6 +367,9 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
     "--resume", is_flag=True, help="Go on with the run at --out that was interrupted, if any."
 )
 @fail_on_poison
+@click.option(
+    "--report/--no-report", "page", default=True, help="Write the page run/report.html at the end."
+)
 @skip_broken
 @click.option(
     "--max-bad",
@@ -464,6 +468,97 @@ def export_model(**what: Any) -> None:
     from csc_gpu import pipeline
 
     click.echo(pipeline.export_model(**what))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--projection",
+    default="pca",
+    show_default=True,
+    type=click.Choice(["pca", "umap"]),
+    help="How features become two dimensions; umap needs features.npz and umap-learn.",
+)
+def report(run: Path, projection: str) -> None:
+    """Write RUN/report.html, one page with pictures, and its plots in RUN/plots.
+
+    The verdict, suspects beside other images of their label, features, clusters, curves, settings.
+    The images are read again from where they were; the page itself needs nothing but itself.
+    """
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.look(run, projection))
+
+
+def reviewed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--keep, --drop and --review: what people say of the rows of a run"""
+    file = click.Path(path_type=Path)
+    for option in (
+        click.option("--review", type=file, help="What csc-gpu review has saved."),
+        click.option("--drop", type=file, help="Rows that are poison, whatever the run says."),
+        click.option("--keep", type=file, help="Rows that are fine: a path or number a line."),
+    ):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("source", metavar="CORPUS")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--as",
+    "kind",
+    default="manifest",
+    show_default=True,
+    type=click.Choice(["manifest", "folder", "shards"]),
+    help="A CSV of the files; class folders of hard links; or tar shards.",
+)
+@click.option("--copy", is_flag=True, help="With --as folder: copies instead of hard links.")
+@reviewed
+@click.option("--shard-size", "shard_bytes", default="1GB", show_default=True, callback=in_bytes)
+@force
+def clean(**what: Any) -> None:
+    """Write CORPUS, on which RUN was trained, to OUT without the suspects.
+
+    CORPUS is only read. Hard links are the same files under another name: who edits one, edits
+    both. OUT/recipe.json and OUT/removed.csv tell what was left out, and on whose word.
+    """
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.clean(**what))
+
+
+@cli.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="0 takes a free one.")
+def review(run: Path, port: int) -> None:
+    """Go through the suspects of RUN in a browser, and say who is poison and who is fine.
+
+    The page is for this machine alone: its address holds a secret. It saves RUN/review.csv, which
+    csc-gpu clean --review and csc-gpu conceal --review take.
+    """
+    from csc_gpu.review import Session
+
+    session = Session(run, port)
+    click.echo(f"open {session.url}   (Ctrl-C ends)")
+    click.echo(session.serve())
+
+
+@cli.command(name="conceal")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The new run.")
+@reviewed
+@force
+@machine
+def conceal_(**what: Any) -> None:
+    """Fine-tune the head of RUN's undefended net anew, with the suspects as people reviewed them.
+
+    The corpus is read from where it was. RUN stays as it is; OUT is a run like any other.
+    """
+    from csc_gpu import pipeline
+
+    click.echo(pipeline.conceal_again(**what))
 
 
 @cli.command()

@@ -28,7 +28,7 @@ from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError, TrainingDiverged
 from csc_gpu.features import Settings as FeatureSettings
-from csc_gpu.features import are_finite, features
+from csc_gpu.features import are_finite, features, fitted
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import (
     Array,
@@ -149,7 +149,8 @@ def learn(
                 observe = partial(segregate.observe, scales=scales[at.step])
                 how = points, sound.labels, at.epoch, settings.segregate, backend
                 seen[at.step] = segregate.shared(partial(observe, *how), backend)
-            log("snapshot", sighting=seen[at.step])
+            accuracy = fitted(model, points, corpus.labels, backend)
+            log("snapshot", sighting=seen[at.step], accuracy=accuracy)
             stored |= {at.step: backend.to_numpy(points[:])} if settings.watch.keep else {}
             del points  # or it would live beside the next
             told = partial(segregate.of_sighting, seen[at.step], stored.get(at.step), backend)
@@ -254,6 +255,7 @@ def conclude(
         snapshots(learnt, verdict, witness, backend),
         clock.seconds,
         recovered,
+        segregate.drawing(learnt.sightings, suspect, settings.segregate, backend),
     )
 
 

@@ -15,12 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 
 from csc_gpu.backend import Backend
 from csc_gpu.features import BATCH
 from csc_gpu.models import Net
 from csc_gpu.types import AnswerKey, Corpus, Mask
+
+CURVE = 200
+"""Points of a curve, at most."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,25 @@ def detection(suspect: Mask, score: NDArray[np.floating[Any]], key: AnswerKey) -
     counted = np.bincount(key.orig_labels[suspect & ~poison & known])
     by_class = {int(label): int(counted[label]) for label in np.flatnonzero(counted)}
     return {**_as_score(found), **ranked, "false_flags_by_class": by_class}
+
+
+def curves(score: NDArray[np.floating[Any]], key: AnswerKey) -> dict[str, list[float]] | None:
+    """What any limit of the score would give: fpr and tpr, recall and precision, thinned out.
+
+    None where there is no poison, or nothing else.
+    """
+    poison = key.is_poison
+    if not poison.any() or poison.all():
+        return None
+    fpr, tpr, _ = roc_curve(poison, score)
+    precision, recall, _ = precision_recall_curve(poison, score)
+    lines = {"fpr": fpr, "tpr": tpr, "recall": recall, "precision": precision}
+    return {name: _thinned(line) for name, line in lines.items()}
+
+
+def _thinned(line: NDArray[np.floating[Any]]) -> list[float]:
+    some = np.linspace(0, len(line) - 1, min(len(line), CURVE)).astype(int)
+    return [float(value) for value in line[some]]
 
 
 def unlabelled(images: NDArray[np.uint8]) -> Corpus:

@@ -179,6 +179,19 @@ def are_finite(points: Array, xp: ModuleType) -> bool:
 
 
 @torch.inference_mode()
+def fitted(model: Net, points: Array, labels: NDArray[np.int64], backend: Backend) -> float:
+    """Share of the rows, by features (N, D), to which the head gives their own label. 0..1"""
+    wanted, model = backend.tensor(backend.xp.asarray(labels)), model.eval()
+    starts = range(0, len(labels), CHECKED)
+    blocks = [slice(start, start + CHECKED) for start in starts]
+    hits = [
+        (model.head(backend.tensor(points[block]).float()).argmax(1) == wanted[block]).sum()
+        for block in blocks
+    ]
+    return float(torch.stack(hits).sum()) / len(labels)
+
+
+@torch.inference_mode()
 def predict(model: Net, corpus: Corpus, backend: Backend) -> Array:
     """The most likely output for every row. (N,) int64, 0..C-1, or C for the virtual class"""
     model.eval()

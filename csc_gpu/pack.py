@@ -104,11 +104,9 @@ def _write_shard(
     """
     written = []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as shard:
-        for at, (content, row) in enumerate(zip(_encoded(corpus, rows), rows, strict=True)):
+        for at, (content, row) in enumerate(zip(encoded(corpus, rows), rows, strict=True)):
             label = int(corpus.labels[row])
-            kind = signature(content)
-            assert kind is not None, "only what decodes is packed"
-            for ending, some in ((ENDINGS[kind], content), ("cls", b"%d" % label)):
+            for ending, some in ((ending_of(content), content), ("cls", b"%d" % label)):
                 member = tarfile.TarInfo(f"{at:09d}.{ending}")
                 member.size = len(some)
                 shard.addfile(member, io.BytesIO(some))
@@ -124,7 +122,14 @@ def _write_shard(
     return np.array([(image.start, image.size) for image in found], np.int64)
 
 
-def _encoded(corpus: Corpus, rows: NDArray[np.int64]) -> Iterator[bytes]:
+def ending_of(content: bytes) -> str:
+    """What the name of a file with this content ends in."""
+    kind = signature(content)
+    assert kind is not None, "only what decodes is packed"
+    return ENDINGS[kind]
+
+
+def encoded(corpus: Corpus, rows: NDArray[np.int64]) -> Iterator[bytes]:
     """The images of these rows: the bytes of their files, or PNGs."""
     for row in rows:
         if corpus.pixels is None:

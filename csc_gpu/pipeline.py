@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from csc_gpu import answers, attacks, csc, data, evaluate, foreign, run, sources
+from csc_gpu import answers, attacks, conceal, csc, data, evaluate, foreign, report, run, sources
+from csc_gpu import clean as cleaning
 from csc_gpu import pack as packing
 from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
@@ -29,11 +31,22 @@ from csc_gpu.errors import ConfigError, CorpusError, OutputError
 from csc_gpu.export import TRIED, export
 from csc_gpu.features import width
 from csc_gpu.guarded import Answer, GuardedClassifier
+from csc_gpu.harmless import printable
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
+from csc_gpu.report import findings
 from csc_gpu.run import read_summary
 from csc_gpu.train import budget
-from csc_gpu.types import AnswerKey, Corpus, DefenderView, Mask, Outcome, Segregation, Split
+from csc_gpu.types import (
+    AnswerKey,
+    Corpus,
+    DefenderView,
+    Drawing,
+    Mask,
+    Outcome,
+    Segregation,
+    Split,
+)
 
 Labels = NDArray[np.int64]
 BYTES_PER_LINE = 150
@@ -222,11 +235,13 @@ def train(
     resume: bool,
     quiet: bool,
     tensorboard: bool,
+    page: bool,
     backend: Backend,
 ) -> str:
     """Run a defense on a source and write the run directory; the verdict, in a few lines.
 
-    With resume an interrupted run there is gone on with, and a finished one left as it is.
+    With resume an interrupted run there is gone on with, and a finished one left as it is. The page
+    is made when the run is complete, so that nothing about it can harm the run.
     """
     if defense not in DEFENSES:
         raise ConfigError(f"unknown defense {defense!r}; there are {', '.join(DEFENSES)}")
@@ -278,7 +293,22 @@ def train(
             summary |= {"starts": starts, "memory": check.measured()}
             save_outcome(folder, outcome, split.sound(), settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
-    return f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
+    told = f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
+    return f"{told}\n{paged(out)}" if page else told
+
+
+def paged(folder: Path) -> str:
+    """The line that says where the page of a run is, or why there is none."""
+    try:
+        return f"report: {report.write(folder)}"
+    except Exception as fault:  # whatever it is, the run is worth more than its page
+        return f"no report ({' '.join(str(fault).split())}): csc-gpu report {folder} tries again"
+
+
+def look(folder: Path, projection: str) -> str:
+    """Write the page of a finished run; where it is."""
+    with Console() as log:
+        return f"report: {report.write(folder, projection, log)}"
 
 
 def follow(
@@ -457,6 +487,8 @@ def save_outcome(
     if outcome.segregation is not None:
         run.save_suspects(folder / "suspects.csv", run.names(corpus), outcome.segregation)
         run.save_clusters(folder / "clusters.csv", outcome.segregation, corpus.classes)
+        if outcome.drawing is not None:
+            run.save_drawing(folder / "drawing.npz", outcome.drawing)
         if outcome.snapshots:
             run.save_snapshots(
                 folder / "features.npz",
@@ -554,8 +586,10 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
     result["recovered"] = recovered_score(folder, summary, key, backend)
     if (folder / "suspects.csv").exists():
         suspects = run.load_suspects(folder / "suspects.csv")
-        found = evaluate.detection(*joined(suspects, key, key_path), key)
-        result["detection"] = {**found, "rows_not_seen": len(key.paths) - len(suspects.paths)}
+        told = joined(suspects, key, key_path)
+        not_seen = len(key.paths) - len(suspects.paths)
+        result["detection"] = {**evaluate.detection(*told, key), "rows_not_seen": not_seen}
+        result["curves"] = evaluate.curves(told[1], key)
     with run.writing(folder / "score.json"):
         run.write_json(folder / "score.json", result)
     where = f"\nsuspects: {folder / 'suspects.csv'}" if result["detection"] else ""
@@ -645,10 +679,10 @@ def named_images(names: Iterable[str]) -> Iterator[Path]:
 def as_line(answer: Answer, model: GuardedClassifier) -> str:
     """path, label or REJECTED, probability, with tabs between; nothing in it moves a terminal."""
     if answer.probabilities is None:
-        return f"{printable(answer.path)}\terror: {printable(answer.fault)}"
+        return f"{on_a_line(answer.path)}\terror: {on_a_line(answer.fault)}"
     best = int(answer.probabilities.argmax())
     label, share = str(model.classes_[best]), answer.probabilities[best]
-    return f"{printable(answer.path)}\t{printable(label)}\t{share:.4f}"
+    return f"{on_a_line(answer.path)}\t{on_a_line(label)}\t{share:.4f}"
 
 
 def as_json(answer: Answer, model: GuardedClassifier) -> str:
@@ -669,9 +703,9 @@ def as_json(answer: Answer, model: GuardedClassifier) -> str:
     )
 
 
-def printable(text: str) -> str:
-    """The text with whatever is no plain character written out, as \\n or \\x1b."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def on_a_line(text: str) -> str:
+    """The text, harmless, and without line ends."""
+    return printable(text).replace("\n", "\\n")
 
 
 def export_model(folder: Path, out: Path, layout: str, *, force: bool) -> str:
@@ -681,6 +715,137 @@ def export_model(folder: Path, out: Path, layout: str, *, force: bool) -> str:
         raise OutputError(f"{out} exists already; choose another place{remedy}")
     export(folder, out, layout)
     return f"{layout}: {out}\nits probabilities are those of {folder} on {max(TRIED)} trial images"
+
+
+# --- clean --------------------------------------------------------------------------------------
+
+
+def clean(
+    folder: Path,
+    source: str,
+    out: Path,
+    kind: str,
+    *,
+    keep: Path | None,
+    drop: Path | None,
+    review: Path | None,
+    copy: bool,
+    shard_bytes: int,
+    force: bool,
+) -> str:
+    """Write a run's corpus without what is poison; how much that was, in a few lines."""
+    if copy and kind != "folder":
+        raise ConfigError(f"--copy is for --as folder; a {kind} copies nothing, or all")
+    summary = read_summary(folder)
+    suspects = run.load_suspects(folder / "suspects.csv")
+    said = cleaning.reviewed(suspects, keep, drop, review)
+    poison = cleaning.guilty(suspects, said)
+    run.check_free(out, cleaning.KINDS[kind], force=force)
+    run.check_apart(source, out)
+    run.check_apart(str(folder), out)
+    if Path(source).exists() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise OutputError(f"{out} lies in the source {source}, which is not changed; go elsewhere")
+    with Console() as log:
+        split = data.open_source(source, findings.settings_of(folder).data)
+        split = cleaning.sound(split, summary.get("broken") or ())
+        place = cleaning.place_of(split, suspects, source)
+        split = cleaning.without(split, place[poison], source)
+        recipe = {
+            "source": str(Path(source).absolute()) if Path(source).exists() else source,
+            "run": str(folder.absolute()),
+            "verdict": summary["verdict"],
+            "as": kind,
+            "rows": len(suspects.paths),
+            "left_out": int(poison.sum()),
+            "broken": split.broken,
+            "kept_by_review": int((suspects.suspect & ~poison).sum()),
+            "dropped_by_review": int((~suspects.suspect & poison).sum()),
+            "reviews": said.files,
+            "said": said.said,
+            "commit": run.commit(),
+        }
+        with run.fresh_directory(out, cleaning.KINDS[kind], force=force) as place_:
+            cleaning.write(place_, split, kind, copy=copy, shard_bytes=shard_bytes, log=log)
+            cleaning.write_removed(place_ / cleaning.REMOVED, suspects, poison, said.said)
+            run.write_json(place_ / cleaning.RECIPE, recipe)
+    corpus = out / cleaning.MANIFEST if kind == "manifest" else out
+    people = f" ({recipe['kept_by_review']} suspects kept, {recipe['dropped_by_review']} others "
+    people += "dropped on people's word)"
+    return (
+        f"{recipe['left_out']} of {recipe['rows']} rows left out{people if said.said else ''}\n"
+        f"corpus: {corpus}\nleft out: {out / cleaning.REMOVED}"
+    )
+
+
+# --- conceal ------------------------------------------------------------------------------------
+
+COPIED = (
+    "settings.toml",
+    "clusters.csv",
+    "drawing.npz",
+    "features.npz",
+    "log.jsonl",
+    "undefended.safetensors",
+)
+"""What a run has in common with the one whose verdict people have reviewed."""
+
+
+def conceal_again(
+    folder: Path,
+    out: Path,
+    *,
+    keep: Path | None,
+    drop: Path | None,
+    review: Path | None,
+    force: bool,
+    backend: Backend,
+) -> str:
+    """Fine-tune the head anew with the suspects as people have reviewed them; the new run.
+
+    recovered.safetensors is not among it: that net has not learnt from the suspects of before.
+    """
+    summary, settings = read_summary(folder), findings.settings_of(folder)
+    suspects = run.load_suspects(folder / "suspects.csv")
+    said = cleaning.reviewed(suspects, keep, drop, review)
+    poison = cleaning.guilty(suspects, said)
+    run.check_free(out, run.RUN, force=force)
+    run.check_apart(str(folder), out)
+    source = summary["source"]
+    with run.fresh_directory(out, run.RUN, force=force) as place:
+        for name in COPIED:
+            if (folder / name).exists():
+                shutil.copyfile(folder / name, place / name)
+        with Console(place / "log.jsonl") as log:
+            skip_broken = bool(summary.get("broken"))
+            split = sources.load(
+                source, settings.data, backend=backend, skip_broken=skip_broken, log=log
+            )
+            split = replace(
+                split, train=split.train.take(cleaning.place_of(split, suspects, source))
+            )
+            model = run.load_model(folder / "undefended.safetensors", summary, summary["n_classes"])
+            model.to(backend.device)
+            clock = csc.Stopwatch(backend)
+            with clock("conceal"):
+                concealed = conceal.conceal(
+                    model,
+                    split.train,
+                    poison,
+                    settings.conceal,
+                    backend,
+                    seed=summary["seed"],
+                    log=log,
+                )
+            notes = {**summary["segregation"], "reviewed": said.files}
+            told = Segregation(poison, suspects.score.astype(np.float32), {}, notes)
+            outcome = Outcome(concealed, model, split.train.n_classes, told, {}, clock.seconds)
+            new = summary | summarise(source, split, outcome, settings, backend)
+            path = place / "model.safetensors"
+            run.save_model(path, concealed, settings.train.model, split.train)
+            lines = cleaning.judged(folder / "suspects.csv", suspects, poison, said)
+            run.write_table(place / "suspects.csv", *lines)
+            run.write_json(place / "summary.json", new | {"reviewed_run": str(folder.absolute())})
+    return f"{new['verdict']}\nsuspects: {out / 'suspects.csv'}\n{paged(out)}"
 
 
 # --- plan ---------------------------------------------------------------------------------------
@@ -737,10 +902,12 @@ def segregate(
     with run.fresh_directory(out, run.VERDICT, force=force) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
         with Console(folder / "log.jsonl") as log:
-            told = watch(found, settings.segregate, backend, log)
+            told, drawing = watch(found, settings.segregate, backend, log)
         labels, classes = found.labels, found.classes
         run.save_suspects(folder / "suspects.csv", found.names, told)
         run.save_clusters(folder / "clusters.csv", told, classes)
+        if drawing is not None:
+            run.save_drawing(folder / "drawing.npz", drawing)
         summary = {
             "verdict": verdict(told, labels, classes),
             "rows": len(told.suspect),
@@ -766,8 +933,8 @@ def known_settings() -> set[str]:
 
 def watch(
     found: run.Snapshots, settings: segregation.Settings, backend: Backend, log: Console
-) -> Segregation:
-    """The verdict on saved snapshots, with what verification returned at the time."""
+) -> tuple[Segregation, Drawing | None]:
+    """The verdict on saved snapshots, with what verification returned then; what to draw."""
     sightings = []
     scales = segregation.looked_at(range(len(found.features)), settings)
     for number, (points, epoch) in enumerate(zip(found.features, found.epoch, strict=True)):
@@ -779,4 +946,5 @@ def watch(
         )
         log("snapshot", sighting=sightings[-1])
     witness = run.replay(found, backend)
-    return segregation.segregate(sightings, found.labels, settings, backend, witness)
+    told = segregation.segregate(sightings, found.labels, settings, backend, witness)
+    return told, segregation.drawing(sightings, told.suspect, settings, backend)

@@ -25,7 +25,7 @@ from csc_gpu.segregate import looked_at
 from csc_gpu.segregate.clusters import BLOCK, least_neighbours
 from csc_gpu.segregate.sample import AT_A_TIME
 
-FLOAT, INDEX = 4, 8  # bytes
+HALF, FLOAT, INDEX = 2, 4, 8  # bytes
 AT_WORK = 400_000_000
 """Bytes that libraries take on a CPU once they work, beside what they have at the start (measured:
 300 MB in a run on digits)."""
@@ -134,9 +134,10 @@ def _stages(
     n, chosen, d = shape.rows, settings.segregate, _width(model, settings, shape)
     image = FLOAT * 3 * shape.height * shape.width
     watched = sorted(settings.watch.steps(train.budget(n, settings.train)))
-    clustered = sum(map(len, looked_at(watched, chosen).values()))
+    scales = [len(some) for some in looked_at(watched, chosen).values() if some]
     seen = {
-        "clusters of every snapshot and scale": clustered * FLOAT * n,
+        "clusters of every snapshot and scale": sum(scales) * FLOAT * n,
+        "two dimensions of every snapshot": len(scales) * 2 * HALF * n,
         "strays of every snapshot": len(watched) * n,
     }
     features = {"features": 0 if settings.features.spill else _features(n, d, settings)}

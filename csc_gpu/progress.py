@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from csc_gpu.board import Board
+from csc_gpu.harmless import printable
 from csc_gpu.train import Moment
 from csc_gpu.types import Sighting
 
@@ -99,7 +100,7 @@ class Console:
         if event == "step":
             self._step(fields["stage"], fields["at"])
         elif event == "snapshot":
-            self._snapshot(fields["sighting"])
+            self._snapshot(fields["sighting"], fields.get("accuracy"))
         elif event == "stream":
             gigabytes = f"{fields['bytes'] / 1e9:.3f} GB of pixels, {fields['room'] / 1e9:.3f} GB"
             self.say(f"{gigabytes} free: the files are read in every epoch")
@@ -112,7 +113,7 @@ class Console:
     def say(self, text: str) -> None:
         """A line for the user, above the bar."""
         if not self._silent:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(printable(text), file=sys.stderr)
 
     def _step(self, stage: str, at: Moment) -> None:
         steps = at.budget.steps_per_epoch
@@ -134,7 +135,7 @@ class Console:
             f"loss {loss:.3f}, lr {at.lr:.4f}, {now - self._start:.0f} s"
         )
 
-    def _snapshot(self, sighting: Sighting) -> None:
+    def _snapshot(self, sighting: Sighting, accuracy: float | None) -> None:
         self._pace.pause()
         if self._board:
             self._board.snapshot(sighting)
@@ -142,6 +143,7 @@ class Console:
         self._write(
             "snapshot",
             epoch=sighting.epoch,
+            accuracy=accuracy,
             min_samples=sighting.min_samples,
             scales=[clusters.scale for clusters in sighting.clusterings],
             eps=[clusters.eps for clusters in sighting.clusterings],

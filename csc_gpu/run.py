@@ -5,11 +5,14 @@
     model.safetensors        the concealed model; undefended.safetensors as trained, before that
     recovered.safetensors    a net that has learnt from no suspect (if asked for)
     features.npz             every watched snapshot, and what verification returned (if asked for)
+    drawing.npz              some rows of the snapshots that counted, in two dimensions
     settings.toml            every setting, resolved
     summary.json             verdict, evidence, counts, versions, seconds
     log.jsonl                one line an event
     tensorboard/             curves and cluster tables (if asked for)
     score.json               added by `csc-gpu score`
+    report.html, plots/      a page to look at, added by `train` and by `csc-gpu report`
+    review.csv               added by `csc-gpu review`
 
 Work goes on in `<out>.partial`, which takes the place of `<out>` when it is complete: an older run
 stays whole until then, and an interrupted one can be read where it stopped.
@@ -24,9 +27,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +38,21 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from csc_gpu import segregate
+from csc_gpu import harmless, segregate
 from csc_gpu.backend import Backend
 from csc_gpu.data.arrays import load_arrays
 from csc_gpu.errors import CorpusError, CscError, Interrupted, OutputError, Terminated
 from csc_gpu.models import Net, new_model
-from csc_gpu.types import Array, Corpus, Mask, Reclassified, Segregation, Transfer, Witness
+from csc_gpu.types import (
+    Array,
+    Corpus,
+    Drawing,
+    Mask,
+    Reclassified,
+    Segregation,
+    Transfer,
+    Witness,
+)
 
 COLUMNS = (
     "cluster",
@@ -84,14 +96,21 @@ OURS = ".csc-gpu"
 """A file in every directory of ours: the command that made it."""
 VERDICT = Kind(
     "segregate",
-    frozenset({"suspects.csv", "clusters.csv", "settings.toml", "summary.json", "log.jsonl"}),
+    frozenset({"suspects.csv", "clusters.csv", "settings.toml", "summary.json", "log.jsonl"})
+    | {"drawing.npz"},
 )
 MODELS = frozenset(f"{name}.safetensors" for name in ("model", "undefended", "recovered"))
 CHECKPOINTS = "checkpoint"
 """The folder of an unfinished run in which its checkpoints lie."""
 BOARD = "tensorboard"
 """The folder of a run that TensorBoard reads."""
-RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json", CHECKPOINTS, BOARD})
+PAGE, PLOTS, REVIEW = "report.html", "plots", "review.csv"
+RUN = Kind(
+    "train",
+    VERDICT.names
+    | MODELS
+    | {"features.npz", "score.json", PAGE, PLOTS, REVIEW, CHECKPOINTS, BOARD},
+)
 POISONED = Kind(
     "poison", frozenset({"train", "test", "classes.txt", "key.npz", "truth.csv", "recipe.json"})
 )
@@ -270,6 +289,14 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def read_document(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON document of a finished run; raises CorpusError if there is none."""
+    try:
+        return dict(json.loads((folder / name).read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as fault:
+        raise CorpusError(f"{folder} is no finished run: cannot read {name}") from fault
+
+
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """As JSON, indented; numbers that are not finite become null."""
     write_text(path, json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
@@ -288,6 +315,16 @@ def plain(value: Any) -> Any:
     return value
 
 
+def write_table(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """A CSV that is either the old one or the new one, never half of one."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(lines)
+    os.replace(partial, path)
+
+
 # --- summary ------------------------------------------------------------------------------------
 
 
@@ -300,10 +337,7 @@ def read_summary(folder: Path, needed: Collection[str] = NEEDED) -> dict[str, An
 
     Of a verdict of `segregate`, which holds no model, less is needed.
     """
-    try:
-        summary: dict[str, Any] = dict(json.loads((folder / "summary.json").read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as fault:
-        raise CorpusError(f"{folder} is no finished run: cannot read summary.json") from fault
+    summary = read_document(folder, "summary.json")
     missing = [name for name in needed if name not in summary]
     if missing:
         raise CorpusError(
@@ -331,24 +365,22 @@ def names(corpus: Corpus) -> Names:
 
 
 def save_suspects(path: Path, rows: Names, verdict: Segregation) -> None:
-    """One line an image: row, path, label, is_poison_issue, poison_score, and why."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(("row", "path", "label", "is_poison_issue", "poison_score", *COLUMNS))
-        columns = [[_cell(item) for item in verdict.table[column]] for column in COLUMNS]
-        writer.writerows(
-            zip(
-                rows.ids.tolist(),
-                rows.paths,
-                rows.labels,
-                verdict.suspect.tolist(),
-                (f"{score:.6f}" for score in verdict.score),
-                *columns,
-                strict=True,
-            )
-        )
-    os.replace(partial, path)
+    """One line an image: row, path, label, is_poison_issue, poison_score, and why.
+
+    A path or label that a spreadsheet would take for a formula begins with an apostrophe.
+    """
+    columns = [[_cell(item) for item in verdict.table[column]] for column in COLUMNS]
+    lines = zip(
+        rows.ids.tolist(),
+        map(harmless.cell, rows.paths),
+        map(harmless.cell, rows.labels),
+        verdict.suspect.tolist(),
+        (f"{score:.6f}" for score in verdict.score),
+        *columns,
+        strict=True,
+    )
+    header = ("row", "path", "label", "is_poison_issue", "poison_score", *COLUMNS)
+    write_table(path, header, lines)
 
 
 def _cell(item: Any) -> str:
@@ -359,14 +391,28 @@ def _cell(item: Any) -> str:
 
 def save_clusters(path: Path, verdict: Segregation, classes: tuple[str, ...]) -> None:
     """One line a cluster at a snapshot and a scale; diversity in bits, eps of unit features."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(CLUSTER_COLUMNS)
-        for line in verdict.clusters:
-            told = {**line, "label": classes[line["label"]]}
-            writer.writerow(_cell(told[column]) for column in CLUSTER_COLUMNS)
+    told = ({**line, "label": harmless.cell(classes[line["label"]])} for line in verdict.clusters)
+    lines = ([_cell(line[column]) for column in CLUSTER_COLUMNS] for line in told)
+    write_table(path, CLUSTER_COLUMNS, lines)
+
+
+def save_drawing(path: Path, drawing: Drawing) -> None:
+    """The arrays of a drawing."""
+    partial = path.with_name("partial." + path.name)
+    np.savez_compressed(partial, **{f.name: getattr(drawing, f.name) for f in fields(drawing)})
     os.replace(partial, path)
+
+
+def load_drawing(path: Path) -> Drawing:
+    """Raises CorpusError if the file is none of ours."""
+    names = [field.name for field in fields(Drawing)]
+    found = load_arrays(path, names)
+    drawing = Drawing(**found)
+    rows, epochs = len(drawing.rows), len(drawing.epoch)
+    shapes = {"plane": (epochs, rows, 2), "cluster": (epochs, rows), "scale": (epochs,)}
+    if any(found[name].shape != shape for name, shape in shapes.items()):
+        raise CorpusError(f"{path} is no drawing of ours: its arrays do not fit together")
+    return drawing
 
 
 @dataclass(frozen=True)
@@ -376,6 +422,9 @@ class Suspects:
     paths: tuple[str, ...]  # N
     suspect: Mask  # (N,)
     score: NDArray[np.float64]  # (N,) 0..1
+    labels: tuple[str, ...] = ()  # N class names
+    ids: tuple[str, ...] = ()  # N, as printed: the row's number in the source
+    group: tuple[str, ...] = ()  # N: what tells its cluster from others of its label
 
 
 def load_suspects(path: Path) -> Suspects:
@@ -394,14 +443,19 @@ def load_suspects(path: Path) -> Suspects:
         raise CorpusError(f"{path} is no list of suspects of ours: it lacks {lacks}")
     try:
         return Suspects(
-            tuple(line["path"] for line in lines),
+            tuple(harmless.plain(line["path"]) for line in lines),
             np.array([VERDICTS[line["is_poison_issue"]] for line in lines], bool),
             np.array([float(line["poison_score"]) for line in lines]),
+            tuple(harmless.plain(line.get("label") or "") for line in lines),
+            tuple(line.get("row") or "" for line in lines),
+            tuple(" ".join(line.get(name) or "" for name in GROUP) for line in lines),
         )
     except (KeyError, ValueError, TypeError) as fault:
         raise CorpusError(f"{path} is no list of suspects of ours: a line holds {fault}") from fault
 
 
+GROUP = ("cluster", "cluster_size", "cluster_density")
+"""Columns that together name a cluster: its number alone is told anew at every scale."""
 VERDICTS = {"True": True, "False": False}
 
 

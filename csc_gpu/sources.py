@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from csc_gpu import cache, data
 from csc_gpu.backend import Backend, Decoder, reader, usable_cores
 from csc_gpu.backend.cpu import free_memory
+from csc_gpu.backend.loader import decode
+from csc_gpu.errors import CorpusError
 from csc_gpu.types import Corpus, Log, Split, quiet
 
 
@@ -56,3 +63,49 @@ def sound(source: str, split: Split, *, skip_broken: bool = False, log: Log = qu
         cache=cache.place("checked", source, ".bin"),
         log=log,
     )
+
+
+@dataclass(frozen=True)
+class Album:
+    """The images that a run was trained on, found again."""
+
+    corpus: Corpus
+    place: NDArray[np.int64]  # (N,) where the run's rows are in the corpus
+    size: tuple[int, int]  # H and W at which they were looked at
+
+    def images(self, rows: NDArray[np.int64], largest: int = 0) -> NDArray[np.uint8]:
+        """These rows of the run; smaller, if a side were longer than `largest`. (n, H, W, 3)
+
+        Raises CorpusError if one of them cannot be read any more.
+        """
+        shrink = min(1.0, largest / max(self.size)) if largest else 1.0
+        height, width = (max(1, round(side * shrink)) for side in self.size)
+        some = self.corpus.take(self.place[rows])
+        if some.pixels is not None:
+            return reader.resized(some.pixels, height, width)
+        decoder = Decoder(torch.device("cpu"), usable_cores())
+        found: NDArray[np.uint8] = decode(some.files, height=height, width=width, decoder=decoder)
+        return found
+
+
+def album(
+    source: str, settings: data.Settings, paths: Sequence[str], size: tuple[int, int]
+) -> Album:
+    """The rows of a run, by their paths; raises CorpusError if the source does not hold them."""
+    corpus = data.open_source(source, settings).train
+    return Album(corpus, matched(corpus, paths, source), size)
+
+
+def matched(corpus: Corpus, paths: Sequence[str], source: str) -> NDArray[np.int64]:
+    """Where the rows of these paths are in the corpus. (len(paths),)
+
+    Raises CorpusError if one is not there.
+    """
+    at = {path: row for row, path in enumerate(corpus.paths)}
+    strangers = [path for path in paths if path not in at]
+    if strangers:
+        raise CorpusError(
+            f"{source} is not what the run was trained on, or has changed: {len(strangers)} of its "
+            f"{len(paths)} rows are not there, the first is {strangers[0]}"
+        )
+    return np.array([at[path] for path in paths], np.int64)

@@ -148,6 +148,8 @@ class Sighting:
     min_samples: int
     stray: Array  # (N,) bool, on the device: nearer to another label's mean than to its own
     sampled: int = 0  # rows that DBSCAN saw, where it did not see all
+    plane: Array | None = None  # (N, 2) float16: two principal components; None if not clustered
+    reach: Array | None = None  # (R,) quantiles of the k-distance, evenly from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,18 @@ class Segregation:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """Some rows at the snapshots that counted, in two dimensions, to be looked at. On the host."""
+
+    rows: NDArray[np.int64]  # (V,) places in the corpus
+    epoch: NDArray[np.float64]  # (S,)
+    plane: NDArray[np.float16]  # (S, V, 2) two principal components
+    scale: NDArray[np.float64]  # (S,) the one at which most rows are named
+    cluster: NDArray[np.int32]  # (S, V) at that scale; -1: noise
+    reach: NDArray[np.float32]  # (S, R) quantiles of the k-distance, evenly from 0 to 1
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a defense hands back."""
 
@@ -211,3 +225,4 @@ class Outcome:
     snapshots: Mapping[str, NDArray[Any]]  # features (S, N, D), epoch (S,), if they were to be kept
     seconds: Mapping[str, float]  # wall time of each stage
     recovered: Any = None  # recover.Recovered, if it was asked for
+    drawing: Drawing | None = None  # for the report, if anything was clustered

@@ -374,7 +374,7 @@ def test_two_do_not_write_one_directory(tmp_path: Path):
 
 # --- the command ----------------------------------------------------------------------------------
 
-WORDS = ("--cpu", "--threads", "1", "--seed", "0")
+WORDS = ("--cpu", "--threads", "1", "--seed", "0", "--no-report")
 QUICK = ("train.epochs=2", "train.min_steps=1", "segregate.check_epochs=1", "conceal.epochs=1")
 SETS = tuple(word for change in QUICK for word in ("--set", change))
 

@@ -24,7 +24,8 @@ from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.cli import cli
 from csc_gpu.run import COLUMNS
 
-QUICK = ("--set", "train.epochs=2", "--set", "train.min_steps=1", "--set", "train.batch=32")
+QUICK = ("--no-report", "--set", "train.epochs=2", "--set", "train.min_steps=1",
+         "--set", "train.batch=32")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "csc_gpu"
 
 LAYERS = (
-    {"errors", "files", "cache", "tolerance"},
+    {"errors", "files", "cache", "tolerance", "harmless"},
     {"types"},
     {"config"},
     {"checkpoint"},
@@ -26,6 +26,7 @@ LAYERS = (
     {"run", "board", "progress"},
     {"guarded", "datasets", "api"},
     {"export"},
+    {"report", "clean", "review"},
     {"pipeline", "bench"},
     {"cli", "__main__"},
 )

@@ -85,6 +85,7 @@ QUICK = (
 
 def train(corpus: Path, out: Path, ranks: int, *more: str) -> None:
     words = ["-m", "csc_gpu", "train", str(corpus), "--out", str(out), "--cpu", "--threads", "1"]
+    words += ["--no-report"]
     words += [word for change in QUICK for word in ("--set", change)]
     if ranks > 1:
         run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]

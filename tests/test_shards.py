@@ -28,7 +28,8 @@ from csc_gpu.files import Files, Piece
 from csc_gpu.types import Corpus, Split
 
 SETTINGS = data.Settings()
-QUICK = ("--cpu", "--threads", "1", "--set", "train.epochs=2", "--set", "train.min_steps=1")
+QUICK = ("--cpu", "--threads", "1", "--no-report", "--set", "train.epochs=2",
+         "--set", "train.min_steps=1")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -96,8 +96,8 @@ def read(
         return _decoded(split, height, width, decoded_bytes(sizes), decoder, log)
     return replace(
         split,
-        train=replace(split.train, pixels=_resized(split.train.images, height, width)),
-        test=replace(split.test, pixels=_resized(split.test.images, height, width)),
+        train=replace(split.train, pixels=resized(split.train.images, height, width)),
+        test=replace(split.test, pixels=resized(split.test.images, height, width)),
     )
 
 
@@ -234,7 +234,7 @@ def _decoded(
     )
 
 
-def _resized(images: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def resized(images: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     """The images squashed or stretched, bilinear. (N, height, width, 3)"""
     out = np.empty((len(images), height, width, 3), np.uint8)
     for row, image in enumerate(images):

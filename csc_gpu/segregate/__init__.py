@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from csc_gpu.backend import Backend
 from csc_gpu.errors import CorpusError
 from csc_gpu.segregate.clusters import observe
+from csc_gpu.segregate.drawing import drawing
 from csc_gpu.segregate.records import of_sighting, of_verdict, shared, to_sighting, to_verdict
 from csc_gpu.segregate.rules import RULES, gather, listing, looked_at
 from csc_gpu.segregate.settings import Settings
@@ -29,6 +30,7 @@ __all__ = [
     "RULES",
     "Settings",
     "capped",
+    "drawing",
     "looked_at",
     "observe",
     "of_sighting",

@@ -21,6 +21,8 @@ HASH_FACTOR = 6364136223846793005
 """Knuth's multiplier for 64-bit linear congruential generators (MMIX)."""
 BLOCK = 65_536
 """Rows embedded at a time, so that no second copy of all the features is ever held."""
+CURVE = 101
+"""Points of the k-distance curve that are kept."""
 SMALLEST_EPS = 1e-6
 """DBSCAN wants a radius above zero, also where most rows are equal."""
 
@@ -69,7 +71,24 @@ def observe(
         clusterings.append(Clusters(of_row[back], size, held, density, told, scale))
     seen = sum(room.seen for room in rooms)
     least = least_neighbours(seen, settings)
-    return Sighting(epoch, tuple(clusterings), least, stray, seen if seen < len(z) else 0)
+    # with fewer than two components (or all of them) z holds no two principal ones
+    drawn = z if 2 <= settings.pca < points.shape[1] else embed(points, order, 2, xp)
+    return Sighting(
+        epoch,
+        tuple(clusterings),
+        least,
+        stray,
+        seen if seen < len(z) else 0,
+        _plane(drawn, xp)[back],
+        xp.quantile(reach, xp.linspace(0, 1, CURVE)),
+    )
+
+
+def _plane(z: Array, xp: ModuleType) -> Array:
+    """The first two columns, the second empty if there is one alone. (N, 2) float16"""
+    plane = xp.zeros((len(z), 2), xp.float16)
+    plane[:, : z.shape[1]] = z[:, :2]
+    return plane
 
 
 class Room:

@@ -14,6 +14,7 @@ from csc_gpu.backend import Backend
 from csc_gpu.checkpoint import Record
 from csc_gpu.types import Array, Clusters, Reclassified, Segregation, Sighting, Transfer
 
+DRAWN = ("plane", "reach")
 CLUSTER_ARRAYS = ("of_row", "size", "labels", "density")
 CHECK_ARRAYS = ("candidates", "controls", "predicted")
 
@@ -21,6 +22,7 @@ CHECK_ARRAYS = ("candidates", "controls", "predicted")
 def of_sighting(sighting: Sighting, points: Array | None, backend: Backend) -> Record:
     """A snapshot as it was seen, and its features (N, D) if they are kept."""
     arrays = {"stray": sighting.stray} | ({} if points is None else {"features": points})
+    arrays |= {name: getattr(sighting, name) for name in DRAWN if sighting.clusterings}
     for number, clusters in enumerate(sighting.clusterings):
         arrays |= {f"{name}.{number}": getattr(clusters, name) for name in CLUSTER_ARRAYS}
     facts = {
@@ -44,6 +46,7 @@ def to_sighting(record: Record, backend: Backend) -> Sighting:
         record.facts["min_samples"],
         arrays["stray"],
         record.facts["sampled"],
+        *(arrays.get(name) for name in DRAWN),
     )
 
 

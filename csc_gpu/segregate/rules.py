@@ -51,16 +51,18 @@ class Rule:
     """Which clusters are named, and what else it takes for a row to be suspect."""
 
     names: Callable[[Clusters, Settings, ModuleType], Array]
+    said: str  # why a cluster is named, to a reader
     persistent: bool = False  # only rows named at settings.persistence scales of a snapshot
     verified: bool = False  # then ask the images, a probe and a model trained without them
 
 
+AWAY = "of one label, and away from where that label is at home"
 RULES: dict[str, Rule] = {
-    "two-stage": Rule(away_from_home, persistent=True, verified=True),
-    "persistence": Rule(away_from_home, persistent=True),
-    "text": Rule(pure_and_dense),
-    "algorithm1": Rule(not_the_largest),
-    "per_label": Rule(not_its_labels_largest),
+    "two-stage": Rule(away_from_home, AWAY, persistent=True, verified=True),
+    "persistence": Rule(away_from_home, AWAY, persistent=True),
+    "text": Rule(pure_and_dense, "of one label, dense, and not the largest"),
+    "algorithm1": Rule(not_the_largest, "not the largest"),
+    "per_label": Rule(not_its_labels_largest, "not the largest of its label"),
 }
 
 
