@@ -313,7 +313,12 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
 @cli.command()
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run directory.")
-@click.option("--defense", default="csc", show_default=True, help="csc or plain.")
+@click.option(
+    "--defense", default="csc", show_default=True, help="By name: csc-gpu defenses lists them."
+)
+@click.option(
+    "--reserve", default="", help="Clean images, for defenses that need some; a SOURCE, all of it."
+)
 @click.option(
     "--seed", default=0, type=COUNT, show_default=True, help="Of weights, order and augmentation."
 )
@@ -521,11 +526,11 @@ def attacks() -> None:
 
 @cli.command()
 def defenses() -> None:
-    """List the defenses, one a line"""
+    """List the defenses, one a line, and what they need"""
     from csc_gpu.defenses import DEFENSES
 
     for name, entry in DEFENSES.items():
-        click.echo(f"{name:10s} {entry.summary}")
+        click.echo(f"{name:14s} {entry.needed:14s} {entry.summary}")
 
 
 @cli.command()

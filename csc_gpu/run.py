@@ -9,6 +9,7 @@
     summary.json             verdict, evidence, counts, versions, seconds
     log.jsonl                one line an event
     tensorboard/             curves and cluster tables (if asked for)
+    reserve.txt              digests of the clean images that the defense was given, if any
     score.json               added by `csc-gpu score`
 
 Work goes on in `<out>.partial`, which takes the place of `<out>` when it is complete: an older run
@@ -35,7 +36,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from csc_gpu import segregate
+from csc_gpu import answers, segregate
 from csc_gpu.backend import Backend
 from csc_gpu.data.arrays import load_arrays
 from csc_gpu.errors import CorpusError, CscError, Interrupted, OutputError, Terminated
@@ -91,7 +92,12 @@ CHECKPOINTS = "checkpoint"
 """The folder of an unfinished run in which its checkpoints lie."""
 BOARD = "tensorboard"
 """The folder of a run that TensorBoard reads."""
-RUN = Kind("train", VERDICT.names | MODELS | {"features.npz", "score.json", CHECKPOINTS, BOARD})
+RESERVE = "reserve.txt"
+"""The file of a run that tells which clean images the defense was given."""
+RUN = Kind(
+    "train",
+    VERDICT.names | MODELS | {"features.npz", "score.json", RESERVE, CHECKPOINTS, BOARD},
+)
 POISONED = Kind(
     "poison", frozenset({"train", "test", "classes.txt", "key.npz", "truth.csv", "recipe.json"})
 )
@@ -307,12 +313,17 @@ def names(corpus: Corpus) -> Names:
 
 
 def save_suspects(path: Path, rows: Names, verdict: Segregation) -> None:
-    """One line an image: row, path, label, is_poison_issue, poison_score, and why."""
+    """One line an image: row, path, label, is_poison_issue, poison_score, and why.
+
+    A column that the verdict's table does not have is empty.
+    """
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(("row", "path", "label", "is_poison_issue", "poison_score", *COLUMNS))
-        columns = [[_cell(item) for item in verdict.table[column]] for column in COLUMNS]
+        unknown = [""] * len(rows.ids)
+        table = verdict.table
+        columns = [list(map(_cell, table[c])) if c in table else unknown for c in COLUMNS]
         writer.writerows(
             zip(
                 rows.ids.tolist(),
@@ -412,6 +423,22 @@ def load_model(path: Path, summary: Mapping[str, Any], n_outputs: int) -> Net:
     except RuntimeError as fault:
         raise CorpusError(f"{path} does not fit {summary['model']}: {fault}") from fault
     return model
+
+
+# --- clean images -------------------------------------------------------------------------------
+
+
+def save_reserve(path: Path, trusted: Corpus) -> None:
+    """Digests of the clean images, one a line."""
+    write_text(path, "".join(f"{answers.digest(image)}\n" for image in trusted.images))
+
+
+def load_reserve(path: Path) -> frozenset[str]:
+    """The digests; raises CorpusError if the file cannot be read."""
+    try:
+        return frozenset(path.read_text(encoding="ascii").split())
+    except (OSError, UnicodeDecodeError) as fault:
+        raise CorpusError(f"cannot read {path}: {fault}; train again") from fault
 
 
 # --- features -----------------------------------------------------------------------------------

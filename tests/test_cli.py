@@ -384,7 +384,7 @@ def test_a_wrong_attack_is_refused(tmp_path, words, needles):
         (("--set", "train.lr=fast"), ("train.lr", "number")),
         (("--set", "train.model=vgg"), ("train.model", "resnet8")),
         (("--defense", "magic"), ("magic", "csc")),
-        (("--defense", "plain", "--recover"), ("no suspects", "--recover")),
+        (("--defense", "plain", "--recover"), ("plain", "--recover")),
         (("--config", "no.toml"), ("no.toml",)),
     ],
 )
