@@ -208,16 +208,17 @@ def notes(found: Sequence[Line]) -> list[str]:
     """What a reader has to know of the figures."""
     rows = [row for line in found for row in line.rows]
     told = [
-        "Means over n seeds ± standard deviation; a single run has none. asr and ra leave out images "
-        "of the target class; a virtual prediction is an error on clean images.",
+        "Means over n seeds ± standard deviation; a single run has none. asr and ra leave out "
+        "images of the target class; a virtual prediction is an error on clean images.",
         "x plain: seconds of everything a defense does over those of ordinary training.",
     ]
     if any(row["told_rate"] for row in rows):
         told.append("* was told the true poisoning rate; oracle was told the poison itself.")
     for row in rows[:1]:
+        versions = row["versions"]
         told.append(
-            f"{row['settings']['train.model']}, {row['versions'].get('processor', row['machine'])}, "
-            f"{row['machine']}, torch {row['versions'].get('torch', '?')}, commit {row['commit']}."
+            f"{row['settings']['train.model']}, {versions.get('processor', '')} {row['machine']}, "
+            f"torch {versions.get('torch', '?')}, commit {row['commit']}."
         )
     return told
 
@@ -306,18 +307,20 @@ def scatter(
 
 def _axes(x_name: str, y_name: str) -> list[str]:
     right, bottom = WIDTH - MARGIN, HEIGHT - MARGIN
+    middle, centred = WIDTH / 2, 'font-size="12" text-anchor="middle"'
     parts = [
         f'<path d="M{MARGIN} {MARGIN}V{bottom}H{right}" fill="none" stroke="#555"/>',
-        f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" font-size="12" text-anchor="middle">{x_name}</text>',
+        f'<text x="{middle}" y="{HEIGHT - 8}" {centred}>{x_name}</text>',
         f'<text x="{MARGIN}" y="{MARGIN - 12}" font-size="12">{y_name}</text>',
     ]
     for tick in (0.0, 0.5, 1.0):
         left = MARGIN + tick * (right - MARGIN)
         top = bottom - tick * (bottom - MARGIN)
-        parts.append(
-            f'<text x="{left}" y="{bottom + 16}" font-size="10" text-anchor="middle">{tick:g}</text>'
-            f'<text x="{MARGIN - 6}" y="{top + 4}" font-size="10" text-anchor="end">{tick:g}</text>'
-        )
+        parts += [
+            f'<text x="{left}" y="{bottom + 16}" font-size="10" text-anchor="middle">{tick:g}',
+            f'</text><text x="{MARGIN - 6}" y="{top + 4}" font-size="10" text-anchor="end">',
+            f"{tick:g}</text>",
+        ]
     return parts
 
 

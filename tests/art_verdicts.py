@@ -80,9 +80,8 @@ def main(out: Path) -> None:
         **found,
     )
     for name, flagged in found.items():
-        sys.stdout.write(
-            f"{name}: {flagged[poison].mean():.3f} of poison, {flagged[~poison].mean():.3f} of rest\n"
-        )
+        caught, spoilt = flagged[poison].mean(), flagged[~poison].mean()
+        sys.stdout.write(f"{name}: {caught:.3f} of poison, {spoilt:.3f} of the rest\n")
 
 
 if __name__ == "__main__":

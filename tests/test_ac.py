@@ -130,7 +130,7 @@ def test_the_gpu_says_what_the_cpu_says():
 
 @pytest.mark.parametrize(("repair", "stage"), [("relabel", "repair"), ("remove", "retrain")])
 def test_the_repair_is_to_relabel_and_go_on_or_to_train_anew(repair, stage):
-    corpus, poison = digits()
+    corpus, _ = digits()
     quick = {"train.model": "resnet8", "train.epochs": 4, "train.min_steps": 0, "train.batch": 32}
     how = override(settings_of(repair=repair, repair_epochs=1, decide="size", reduce="pca"), quick)
     outcome = ac.defend(DefenderView(corpus), how, CPU, seed=1)
