@@ -19,7 +19,9 @@ CPU = open_backend("cpu", 1)
 
 
 def settings_of(**changes):
-    few = {"ac.dims": 3} | {f"ac.{name}": value for name, value in changes.items()}
+    few = {"ac.dims": 3, "ac.decide": "exclusion"} | {
+        f"ac.{name}": value for name, value in changes.items()
+    }
     return override(ac.Settings(), few)
 
 
@@ -32,6 +34,13 @@ def test_an_island_is_found_whatever_decides(decide, reduce):
     if decide != "silhouette":
         assert told.suspect[~there.poison].mean() < 0.02
     assert told.notes["decide"] == decide
+
+
+def test_without_images_size_decides_unless_another_way_is_asked_for():
+    there = world(3)
+    for asked_for, used in (("auto", "size"), ("silhouette", "silhouette")):
+        told = ac.judge(there.points, there.labels, settings_of(decide=asked_for), CPU)
+        assert told.notes["decide"] == used
 
 
 def test_every_label_has_two_parts_that_hold_its_rows_once():

@@ -8,8 +8,10 @@ k-means. Then one of three ways decides which parts are poison (`decide`):
     size         a part with less than 35 % of its label is poison
     silhouette   the smaller part is poison if the split fits well: silhouette above .10
 
-The repair relabels poison to what it comes from, and goes on training. On features alone the net of
-the exclusion is a linear one.
+The repair relabels poison to what it comes from, and goes on training. On features alone there is
+no net to train: size decides there. An exclusion that is asked for even so trains a linear one,
+which sees nothing in features that a net has learnt with the poison (measured: MNIST and CIFAR-10,
+BadNets 5 %, recall 0 where size finds all): they hold the label already.
 """
 
 from __future__ import annotations
@@ -32,14 +34,9 @@ from csc_gpu.defenses.course import Course, verdict
 from csc_gpu.segregate.clusters import own_order
 from csc_gpu.types import Array, DefenderView, Mask, Outcome, Segregation
 
-DECIDE, EXCLUDE, REPAIR = (
-    ("exclusion", "size", "silhouette"),
-    ("smaller", "each"),
-    (
-        "relabel",
-        "remove",
-    ),
-)
+AUTO = "auto"
+DECIDE = (AUTO, "exclusion", "size", "silhouette")
+EXCLUDE, REPAIR = ("smaller", "each"), ("relabel", "remove")
 SOURCE, REDUCE = ("row", "cluster"), ("ica", "pca")
 Labels = NDArray[np.int64]
 Reclassify = Callable[[Mask], Labels]
@@ -60,8 +57,8 @@ class Clustering:
     """Beginnings of k-means, of which the best counts."""
     least: int = 20
     """A label with fewer rows is not split."""
-    decide: str = "exclusion"
-    """exclusion, size or silhouette."""
+    decide: str = AUTO
+    """auto, exclusion, size or silhouette. auto: exclusion where there are images, else size."""
     ratio: float = 1.0
     """exclusion: l / p below which a part is poison, T in the paper."""
     exclude: str = "smaller"
@@ -117,8 +114,9 @@ class Part:
 
 def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any) -> Outcome:
     """Train, split every label in two, decide, and mend the net."""
-    course, chosen = Course(view, settings, backend, **how), settings.ac
-    model = course.trained()
+    course = Course(view, settings, backend, **how)
+    settings = _settled(settings, "exclusion")
+    chosen, model = settings.ac, course.trained()
 
     def without(rows: Mask) -> Labels:
         return course.predicted(course.retrained(rows, "exclude", again=1))
@@ -152,7 +150,14 @@ def judge(
     def without(rows: Mask) -> Labels:
         return probed(points, labels, rows, backend, seed)
 
-    return decided(points, labels, settings, backend, seed, without)
+    return decided(points, labels, _settled(settings, "size"), backend, seed, without)
+
+
+def _settled(settings: Settings, usual: str) -> Settings:
+    """The same settings, auto replaced by what is usual."""
+    if settings.ac.decide != AUTO:
+        return settings
+    return replace(settings, ac=replace(settings.ac, decide=usual))
 
 
 def decided(
