@@ -7,8 +7,11 @@ give it away: one encoder, files of one length, one modification time, names by 
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from csc_gpu import harmless
 from csc_gpu.data.arrays import load_arrays
 from csc_gpu.data.folders import CLASS_LIST
 from csc_gpu.errors import CorpusError
-from csc_gpu.types import AnswerKey, Log, Split, quiet
+from csc_gpu.types import AnswerKey, Log, Mask, Split, quiet
 
 WRITTEN = 946_684_800
 """When every image claims to have been written: 2000-01-01, in seconds since 1970."""
@@ -86,6 +89,29 @@ def folder_name(name: str) -> str:
     raise CorpusError(
         f"class {name!r} cannot be written as a folder: rename it, without '/', control "
         "characters, a leading '.' or spaces around it"
+    )
+
+
+def digest(image: NDArray[np.uint8]) -> str:
+    """What tells this image (H, W, 3) from all others."""
+    return hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:32]
+
+
+def is_among(images: NDArray[np.uint8], digests: Collection[str]) -> Mask:
+    """Which images (M, H, W, 3) have one of these digests. (M,)"""
+    known = frozenset(digests)
+    return np.array([digest(image) in known for image in images], bool)
+
+
+def without_test(key: AnswerKey, left_out: Mask) -> AnswerKey:
+    """The key without these held-out images (M,), so that nobody is scored on what he was given."""
+    kept = ~left_out
+    return replace(
+        key,
+        test=key.test[kept],
+        test_labels=key.test_labels[kept],
+        attack_labels=key.attack_labels[kept],
+        triggered=key.triggered[kept[key.attack_labels >= 0]],
     )
 
 

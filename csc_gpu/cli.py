@@ -346,7 +346,12 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
 @cli.command()
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run directory.")
-@click.option("--defense", default="csc", show_default=True, help="csc or plain.")
+@click.option(
+    "--defense", default="csc", show_default=True, help="By name: csc-gpu defenses lists them."
+)
+@click.option(
+    "--reserve", default="", help="Clean images, for defenses that need some; a SOURCE, all of it."
+)
 @click.option(
     "--seed", default=0, type=COUNT, show_default=True, help="Of weights, order and augmentation."
 )
@@ -565,6 +570,9 @@ def conceal_(**what: Any) -> None:
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Verdict directory.")
 @fail_on_poison
+@click.option(
+    "--defense", default="csc", show_default=True, help="Another that can judge features alone."
+)
 @force
 @changes
 @clustered
@@ -574,13 +582,48 @@ def segregate(features: Path, out: Path, fail_on_poison: bool, **how: Any) -> No
 
     The .npz holds features, (N, D) or (S, N, D) for S snapshots, and labels, (N,). They may come
     from images, text, audio or tables. Without a record of verification the two-stage rule stops
-    after its first stage, and says so.
+    after its first stage, and says so. Another defense than csc judges the last snapshot.
     """
     from csc_gpu import pipeline
 
     click.echo(pipeline.segregate(features, out, **how))
     if fail_on_poison:
         fail_if_poisoned(out)
+
+
+@cli.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Rows, one JSON line a cell."
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Where trained nets are kept for later defenses; default: OUT.work.",
+)
+@click.option("--retry", is_flag=True, help="Run cells again that failed.")
+@machine
+def matrix(plan: Path, out: Path, work: Path | None, retry: bool, backend: Any) -> None:
+    """Run every defense of PLAN against every attack, data set, rate and seed.
+
+    PLAN is TOML: data, attacks, defenses, rates, rates_of_target, targets, seeds, reserve, and the
+    tables [settings], [defense.NAME] and [attack.NAME]. Called again it goes on where it stopped.
+    """
+    from csc_gpu import comparison
+
+    for line in comparison.run_plan(plan, out, work, retry=retry, backend=backend):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("rows", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder.")
+def compare(rows: Path, out: Path) -> None:
+    """Make tables and plots of the ROWS of csc-gpu matrix: Markdown, CSV and one HTML page"""
+    from csc_gpu import comparison
+
+    for path in comparison.write(rows, out):
+        click.echo(str(path))
 
 
 @cli.command()
@@ -711,11 +754,11 @@ def attacks() -> None:
 
 @cli.command()
 def defenses() -> None:
-    """List the defenses, one a line"""
+    """List the defenses, one a line, and what they need"""
     from csc_gpu.defenses import DEFENSES
 
     for name, entry in DEFENSES.items():
-        click.echo(f"{name:10s} {entry.summary}")
+        click.echo(f"{name:14s} {entry.needed:14s} {entry.summary}")
 
 
 @cli.command()

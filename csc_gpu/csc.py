@@ -70,18 +70,24 @@ class Watch:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Every setting of a run, stage by stage."""
+class Common:
+    """What every defense lets be set: the corpus, the training, the machine."""
 
     data: data.Settings = field(default_factory=data.Settings)
     train: train.Settings = field(default_factory=train.Settings)
-    watch: Watch = field(default_factory=Watch)
     features: FeatureSettings = field(default_factory=FeatureSettings)
+    gpu: backends.Settings = field(default_factory=backends.Settings)
+    checkpoint: checkpoint.Settings = field(default_factory=checkpoint.Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Common):
+    """Every setting of a run, stage by stage."""
+
+    watch: Watch = field(default_factory=Watch)
     segregate: segregate.Settings = field(default_factory=segregate.Settings)
     conceal: conceal.Settings = field(default_factory=conceal.Settings)
     recover: recover.Settings = field(default_factory=recover.Settings)
-    gpu: backends.Settings = field(default_factory=backends.Settings)
-    checkpoint: checkpoint.Settings = field(default_factory=checkpoint.Settings)
 
 
 def defend(
@@ -281,7 +287,7 @@ def check_finite(points: Array, at: train.Moment, settings: Settings, backend: B
         )
 
 
-def fresh_model(corpus: Corpus, settings: Settings, backend: Backend, *, seed: int) -> Net:
+def fresh_model(corpus: Corpus, settings: Common, backend: Backend, *, seed: int) -> Net:
     """A net with one output a class, untrained or as train.init has it, on the device."""
     height, _ = corpus.image_size
     model = new_model(settings.train.model, corpus.n_classes, height, seed=seed)

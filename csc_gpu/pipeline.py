@@ -26,7 +26,7 @@ from csc_gpu.board import Board
 from csc_gpu.checkpoint import Folder, Following, Record
 from csc_gpu.config import flattened, override, to_toml
 from csc_gpu.data.folders import images_below
-from csc_gpu.defenses import DEFENSES
+from csc_gpu.defenses import DEFENSES, RESERVE, Entry
 from csc_gpu.errors import ConfigError, CorpusError, OutputError
 from csc_gpu.export import TRIED, export
 from csc_gpu.features import width
@@ -237,19 +237,17 @@ def train(
     tensorboard: bool,
     page: bool,
     backend: Backend,
+    reserve: str = "",
 ) -> str:
     """Run a defense on a source and write the run directory; the verdict, in a few lines.
 
+    `reserve` is a source of clean images, for the defenses that need some; score leaves these out.
     With resume an interrupted run there is gone on with, and a finished one left as it is. The page
     is made when the run is complete, so that nothing about it can harm the run.
     """
-    if defense not in DEFENSES:
-        raise ConfigError(f"unknown defense {defense!r}; there are {', '.join(DEFENSES)}")
-    entry = DEFENSES[defense]
-    settings: csc.Settings = override(entry.settings(), dict(changes))
-    if settings.recover.on and defense == "plain":
-        raise ConfigError("plain training names no suspects to recover from; leave --recover out")
-    if max_bad is not None and (skip_broken or defense == "plain" or backend.ranks.world > 1):
+    settings = settings_of(defense, changes)
+    require_able(defense, backend, reserve=bool(reserve))
+    if max_bad is not None and (skip_broken or defense != "csc" or backend.ranks.world > 1):
         raise ConfigError(
             "--max-bad is for defense csc in one process, without --skip-broken; leave it out, and "
             "all images are checked before training"
@@ -257,6 +255,8 @@ def train(
     if not settings.train.model:
         settings = override(settings, {"train.model": backend.usual_model})
     run.check_apart(source, out)
+    if reserve:
+        run.check_apart(reserve, out)
     if resume and (out / "summary.json").exists() and not run.partial_of(out).exists():
         done = read_summary(out)
         return f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
@@ -273,13 +273,15 @@ def train(
             kept.heeding_sigterm(),
         ):
             together = f", {backend.ranks.world} ranks" if backend.ranks.world > 1 else ""
+            rule = f", rule {settings.segregate.rule}" if isinstance(settings, csc.Settings) else ""
             log.say(
                 f"csc-gpu train: {settings.train.model} on {backend.name}{together}, defense "
-                f"{defense}, rule {settings.segregate.rule}, seed {seed}, "
-                f"flip {'on' if settings.train.flip else 'off'}"
+                f"{defense}{rule}, seed {seed}, flip {'on' if settings.train.flip else 'off'}"
             )
             check = MemoryCheck(settings, backend, log)
             split = opened(source, settings, backend, check, broken, log)
+            if reserve:
+                how["trusted"] = sources.reserve(reserve, split.train, log=log)
             plan = budget(len(split.train), settings.train)
             log.say(
                 f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
@@ -287,10 +289,14 @@ def train(
             )
             run.check_room(folder, needed_bytes(split.train, settings))
             about = identity(source, split.train, settings, defense, seed)
+            about |= {"--reserve": str(Path(reserve).absolute())} if reserve else {}
             starts = count_start(kept, about, log)
             run.write_text(folder / "settings.toml", to_toml(settings))  # those of then, if refused
             outcome, summary = defended(source, split, log=log, kept=kept, **how)
             summary |= {"starts": starts, "memory": check.measured()}
+            if reserve:
+                summary |= {"reserve": reserve, "reserve_rows": len(how["trusted"])}
+                run.save_reserve(folder / run.RESERVE, how["trusted"])
             save_outcome(folder, outcome, split.sound(), settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     told = f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
@@ -311,6 +317,41 @@ def look(folder: Path, projection: str) -> str:
         return f"report: {report.write(folder, projection, log)}"
 
 
+def defense_named(name: str) -> Entry:
+    """The defense of that name; raises ConfigError if there is none."""
+    if name not in DEFENSES:
+        raise ConfigError(f"unknown defense {name!r}; there are {', '.join(DEFENSES)}")
+    return DEFENSES[name]
+
+
+def settings_of(defense: str, changes: Mapping[str, Any]) -> csc.Common:
+    """A defense's settings with some changed. Raises ConfigError for one that is not its own."""
+    usual: csc.Common = defense_named(defense).settings()
+    for name, option in OF_CSC.items():
+        if changes.get(name) and not isinstance(usual, csc.Settings):
+            raise ConfigError(f"{option} is for csc, not for {defense}; leave it out")
+    return override(usual, dict(changes))
+
+
+OF_CSC = {"recover.on": "--recover", "watch.keep": "--save-features"}
+"""Settings that have options of their own, and that csc alone has."""
+
+
+def require_able(defense: str, backend: Backend, *, reserve: bool) -> None:
+    """Raises ConfigError if the defense lacks, or has no use for, clean images or these ranks."""
+    needs = RESERVE in defense_named(defense).needs
+    if needs and not reserve:
+        raise ConfigError(f"{defense} needs clean images: give some with --reserve CORPUS")
+    if reserve and not needs:
+        raise ConfigError(f"{defense} has no use for clean images; leave --reserve out")
+    if backend.ranks.world > 1 and defense not in ON_RANKS:
+        raise ConfigError(f"{defense} runs in one process; start it without torchrun")
+
+
+ON_RANKS = ("csc", "plain")
+"""The defenses that several processes may share."""
+
+
 def follow(
     source: str, out: Path, broken: Mapping[str, Any], *, backend: Backend, **how: Any
 ) -> str:
@@ -326,7 +367,7 @@ def follow(
 
 def opened(
     source: str,
-    settings: csc.Settings,
+    settings: csc.Common,
     backend: Backend,
     check: reader.Before,
     broken: Mapping[str, Any],
@@ -345,16 +386,17 @@ def defended(
     *,
     defense: str,
     seed: int,
-    settings: csc.Settings,
+    settings: csc.Common,
     backend: Backend,
     log: Console,
     kept: Folder,
+    trusted: Corpus | None = None,
 ) -> tuple[Outcome, dict[str, Any]]:
     """Run the defense; what it ends with, and the summary."""
     backend.ranks.wait()  # until the first has made sure that this run may begin, or go on
     start = time.process_time(), time.perf_counter()
     outcome = DEFENSES[defense].run(
-        DefenderView(split.train), settings, backend, seed=seed, log=log, kept=kept
+        DefenderView(split.train, trusted), settings, backend, seed=seed, log=log, kept=kept
     )
     spent = time.process_time() - start[0], time.perf_counter() - start[1]
     summary = summarise(source, split.sound(), outcome, settings, backend)
@@ -364,7 +406,7 @@ def defended(
 
 
 def identity(
-    source: str, corpus: Corpus, settings: csc.Settings, defense: str, seed: int
+    source: str, corpus: Corpus, settings: csc.Common, defense: str, seed: int
 ) -> dict[str, Any]:
     """What must be the same for a run to be gone on with."""
     rows = hashlib.sha256("\n".join(corpus.paths).encode(errors="surrogateescape"))
@@ -412,15 +454,16 @@ def count_start(kept: Folder, about: Mapping[str, Any], log: Console) -> int:
 class MemoryCheck:
     """Plans a run before pixels are read, and refuses one that a GPU is too small for.
 
-    A CPU's run is told what it will take, and not refused: it may swap.
+    A CPU's run is told what it will take, and not refused: it may swap. The plan is CSC's; what a
+    rival takes is not known beforehand.
     """
 
-    def __init__(self, settings: csc.Settings, backend: Backend, log: Console) -> None:
+    def __init__(self, settings: csc.Common, backend: Backend, log: Console) -> None:
         self._settings, self._backend, self._log = settings, backend, log
         self._room, self._found = backend.free_bytes(), dict[str, Any]()
 
     def __call__(self, split: Split, size: tuple[int, int], streamed: bool) -> None:
-        if self._room is None:
+        if self._room is None or not isinstance(self._settings, csc.Settings):
             return
         shape = planning.Shape(len(split.train), *size, split.train.n_classes, len(split.test))
         found = planned(shape, self._settings, self._room, self._backend, streamed)
@@ -456,13 +499,15 @@ def planned(
     )
 
 
-def needed_bytes(corpus: Corpus, settings: csc.Settings) -> int:
+def needed_bytes(corpus: Corpus, settings: csc.Common) -> int:
     """About what a run will write: up to three models, a line a row, features if they are kept.
 
     And checkpoints: weights and momentum of up to four trainings, every snapshot's clusters.
     """
     model = new_model(settings.train.model, corpus.n_classes, corpus.image_size[0], seed=0)
     weights: int = sum(weight.numel() for weight in model.state_dict().values())
+    if not isinstance(settings, csc.Settings):
+        return 4 * 11 * weights + BYTES_PER_LINE * len(corpus)
     watched = len(settings.watch.steps(budget(len(corpus), settings.train)))
     d = width(model, settings.features.layer, corpus.image_size)
     kept = (2 * watched + 1) * d if settings.watch.keep else 0  # numbers a row
@@ -474,13 +519,14 @@ def save_outcome(
     folder: Path,
     outcome: Outcome,
     split: Split,
-    settings: csc.Settings,
+    settings: csc.Common,
     summary: Mapping[str, Any],
     backend: Backend,
 ) -> None:
     """Models, suspects, features and, last, the summary."""
     corpus, name = split.train, settings.train.model
-    run.save_model(folder / "undefended.safetensors", outcome.undefended, name, corpus)
+    if outcome.undefended is not None:
+        run.save_model(folder / "undefended.safetensors", outcome.undefended, name, corpus)
     run.save_model(folder / "model.safetensors", outcome.model, name, corpus)
     if outcome.recovered is not None:
         run.save_model(folder / "recovered.safetensors", outcome.recovered.model, name, corpus)
@@ -489,7 +535,7 @@ def save_outcome(
         run.save_clusters(folder / "clusters.csv", outcome.segregation, corpus.classes)
         if outcome.drawing is not None:
             run.save_drawing(folder / "drawing.npz", outcome.drawing)
-        if outcome.snapshots:
+        if outcome.snapshots and isinstance(settings, csc.Settings):
             run.save_snapshots(
                 folder / "features.npz",
                 outcome.snapshots,
@@ -502,7 +548,7 @@ def save_outcome(
 
 
 def summarise(
-    source: str, split: Split, outcome: Outcome, settings: csc.Settings, backend: Backend
+    source: str, split: Split, outcome: Outcome, settings: csc.Common, backend: Backend
 ) -> dict[str, Any]:
     """The verdict, the evidence that needs no key, and how it was come by."""
     corpus, told = split.train, outcome.segregation
@@ -576,10 +622,17 @@ def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
     backend = open_backend("cpu" if cpu else summary["backend"])
     n_classes = summary["n_classes"]
     result: dict[str, Any] = {"key": str(key_path), "recipe": dict(key.recipe), "detection": None}
+    if (folder / run.RESERVE).exists():
+        known = answers.is_among(key.test, run.load_reserve(folder / run.RESERVE))
+        key = answers.without_test(key, known)
+        result["test_left_out"] = int(known.sum())  # the defense was given them as clean images
     for when, name, outputs in (
         ("before", "undefended", n_classes),
         ("after", "model", summary["n_outputs"]),
     ):
+        if not (folder / f"{name}.safetensors").exists() and when == "before":
+            result[when] = None  # the defense trains no net that it does not defend
+            continue
         model = run.load_model(folder / f"{name}.safetensors", summary, outputs)
         model.to(backend.device)
         result[when] = evaluate.accuracy_and_attack(model, key, n_classes, backend)
@@ -641,7 +694,7 @@ def table(result: Mapping[str, Any]) -> str:
         for part, names in shown.items()
         if result[part]
     ]
-    asr = result["before"]["asr"]
+    asr = result["before"]["asr"] if result["before"] else None
     if asr is not None and asr < EFFECTIVE:
         lines.append(
             f"the attack did not take hold (asr before {asr:.3f}): no suppression is claimed"
@@ -889,20 +942,37 @@ def plan(
 
 
 def segregate(
-    features: Path, out: Path, *, changes: Mapping[str, Any], force: bool, backend: Backend
+    features: Path,
+    out: Path,
+    *,
+    changes: Mapping[str, Any],
+    force: bool,
+    backend: Backend,
+    defense: str = "csc",
 ) -> str:
-    """Segregate a feature file and write the verdict; the verdict in a few lines."""
+    """Segregate a feature file and write the verdict; the verdict in a few lines.
+
+    Another defense than csc judges the last snapshot. Raises ConfigError if it needs the images.
+    """
+    judge = defense_named(defense).judge
+    if judge is None and defense != "csc":
+        able = ", ".join(name for name, entry in DEFENSES.items() if entry.judge)
+        raise ConfigError(f"{defense} does not judge features alone; csc, {able} do")
     found = run.load_snapshots(features)
     of_run = {name: v for name, v in (found.settings or {}).items() if name in known_settings()}
-    settings = override(
-        csc.Settings(),
-        {f"segregate.{name}": value for name, value in of_run.items()} | dict(changes),
-    )
+    before = {f"segregate.{n}": v for n, v in of_run.items()} if judge is None else {}
+    settings = settings_of(defense, before | dict(changes))
     run.check_apart(str(features), out)
     with run.fresh_directory(out, run.VERDICT, force=force) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
         with Console(folder / "log.jsonl") as log:
-            told, drawing = watch(found, settings.segregate, backend, log)
+            drawing = None
+            if judge is not None:
+                last = backend.xp.asarray(found.features[-1])
+                told = judge(last, found.labels, settings, backend, seed=0)
+            else:
+                assert isinstance(settings, csc.Settings)
+                told, drawing = watch(found, settings.segregate, backend, log)
         labels, classes = found.labels, found.classes
         run.save_suspects(folder / "suspects.csv", found.names, told)
         run.save_clusters(folder / "clusters.csv", told, classes)

@@ -10,6 +10,7 @@
     summary.json             verdict, evidence, counts, versions, seconds
     log.jsonl                one line an event
     tensorboard/             curves and cluster tables (if asked for)
+    reserve.txt              digests of the clean images that the defense was given, if any
     score.json               added by `csc-gpu score`
     report.html, plots/      a page to look at, added by `train` and by `csc-gpu report`
     review.csv               added by `csc-gpu review`
@@ -38,7 +39,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from csc_gpu import harmless, segregate
+from csc_gpu import answers, harmless, segregate
 from csc_gpu.backend import Backend
 from csc_gpu.data.arrays import load_arrays
 from csc_gpu.errors import CorpusError, CscError, Interrupted, OutputError, Terminated
@@ -105,11 +106,13 @@ CHECKPOINTS = "checkpoint"
 BOARD = "tensorboard"
 """The folder of a run that TensorBoard reads."""
 PAGE, PLOTS, REVIEW = "report.html", "plots", "review.csv"
+RESERVE = "reserve.txt"
+"""The file of a run that tells which clean images the defense was given."""
 RUN = Kind(
     "train",
     VERDICT.names
     | MODELS
-    | {"features.npz", "score.json", PAGE, PLOTS, REVIEW, CHECKPOINTS, BOARD},
+    | {"features.npz", "score.json", PAGE, PLOTS, REVIEW, RESERVE, CHECKPOINTS, BOARD},
 )
 POISONED = Kind(
     "poison", frozenset({"train", "test", "classes.txt", "key.npz", "truth.csv", "recipe.json"})
@@ -367,9 +370,11 @@ def names(corpus: Corpus) -> Names:
 def save_suspects(path: Path, rows: Names, verdict: Segregation) -> None:
     """One line an image: row, path, label, is_poison_issue, poison_score, and why.
 
-    A path or label that a spreadsheet would take for a formula begins with an apostrophe.
+    A path or label that a spreadsheet would take for a formula begins with an apostrophe. A column
+    that the verdict's table does not have is empty.
     """
-    columns = [[_cell(item) for item in verdict.table[column]] for column in COLUMNS]
+    unknown, table = [""] * len(rows.ids), verdict.table
+    columns = [list(map(_cell, table[c])) if c in table else unknown for c in COLUMNS]
     lines = zip(
         rows.ids.tolist(),
         map(harmless.cell, rows.paths),
@@ -490,6 +495,22 @@ def load_model(path: Path, summary: Mapping[str, Any], n_outputs: int) -> Net:
     except RuntimeError as fault:
         raise CorpusError(f"{path} does not fit {summary['model']}: {fault}") from fault
     return model
+
+
+# --- clean images -------------------------------------------------------------------------------
+
+
+def save_reserve(path: Path, trusted: Corpus) -> None:
+    """Digests of the clean images, one a line."""
+    write_text(path, "".join(f"{answers.digest(image)}\n" for image in trusted.images))
+
+
+def load_reserve(path: Path) -> frozenset[str]:
+    """The digests; raises CorpusError if the file cannot be read."""
+    try:
+        return frozenset(path.read_text(encoding="ascii").split())
+    except (OSError, UnicodeDecodeError) as fault:
+        raise CorpusError(f"cannot read {path}: {fault}; train again") from fault
 
 
 # --- features -----------------------------------------------------------------------------------

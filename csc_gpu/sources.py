@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -109,3 +109,33 @@ def matched(corpus: Corpus, paths: Sequence[str], source: str) -> NDArray[np.int
             f"{len(paths)} rows are not there, the first is {strangers[0]}"
         )
     return np.array([at[path] for path in paths], np.int64)
+
+
+def reserve(source: str, corpus: Corpus, *, log: Log = quiet) -> Corpus:
+    """All images of a source, held out or not, as clean rows with the corpus's labels and size.
+
+    Raises CorpusError for a class that the corpus does not have, and for images of another shape.
+    """
+    height, width = corpus.image_size
+    size = height if height == width else 0
+    split = load(source, data.Settings(size=size), log=log)
+    strange = set(split.train.classes) - set(corpus.classes)
+    if strange:
+        raise CorpusError(
+            f"{source}: the corpus has no class {min(strange)!r}; clean images need its class names"
+        )
+    if split.train.image_size != (height, width):
+        raise CorpusError(
+            f"{source}: clean images are {split.train.image_size}, those of the corpus "
+            f"{(height, width)}; set data.size"
+        )
+    label_of = np.array([corpus.classes.index(name) for name in split.train.classes])
+    labels = np.concatenate([split.train.labels, split.test.labels])
+    return replace(
+        split.train,
+        labels=label_of[labels],
+        classes=corpus.classes,
+        ids=np.arange(len(labels)),
+        paths=split.train.paths + split.test.paths,
+        pixels=np.concatenate([split.train.images, split.test.images]),
+    )

@@ -1,13 +1,14 @@
 """The only training loop: a generator that yields after every optimiser step.
 
 Because it yields, the caller decides when to stop or to take features; there are no callbacks.
-SGD with momentum and a one-cycle learning rate: a linear warm-up, then a linear decay to zero.
+SGD with momentum and a one-cycle learning rate: a linear warm-up, then a linear decay to zero. A
+defense that trains otherwise says so by a Method: its objective, its rates, its optimiser.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.nn import functional
 
-from csc_gpu.backend import Augment, Backend
+from csc_gpu.backend import Augment, Backend, Batch
 from csc_gpu.backend.passes import Portion
+from csc_gpu.backend.ranks import Forward
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, fingerprint
 from csc_gpu.config import require
 from csc_gpu.errors import CorpusError
-from csc_gpu.models import Net, entry
+from csc_gpu.models import entry
 from csc_gpu.types import Corpus
 
 
@@ -98,19 +101,62 @@ def budget(n_rows: int, settings: Settings) -> Budget:
     return Budget(max(epochs, math.ceil(settings.min_steps / steps)), steps)
 
 
+Objective = Callable[[Forward, Batch, int], torch.Tensor]
+"""(forward pass, batch, step 1..) -> the loss () to descend. What it draws it draws from its seed
+and the step, so that a resumed training draws the same; it may set parts of its net to eval mode.
+"""
+Rate = Callable[[int, Budget], float]
+"""(step 1.., budget) -> share of the peak learning rate."""
+Optimiser = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def cross_entropy(forward: Forward, batch: Batch, step: int) -> torch.Tensor:
+    """The usual objective. ()"""
+    del step
+    return functional.cross_entropy(forward(batch.images), batch.labels)
+
+
+def constant(step: int, budget: Budget) -> float:
+    """A rate that stays."""
+    del step, budget
+    return 1.0
+
+
+def falling(*epochs: int, by: float = 0.1) -> Rate:
+    """A rate that is multiplied by `by` when each of these epochs has ended."""
+
+    def rate(step: int, budget: Budget) -> float:
+        return by ** sum(step > epoch * budget.steps_per_epoch for epoch in epochs)
+
+    return rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """How a training differs from the ordinary one; parameters that need no gradient stay."""
+
+    objective: Objective = cross_entropy
+    rate: Rate | None = None  # None: one cycle, as the settings say
+    optimiser: Optimiser | None = None  # None: SGD, as the settings say; its lr is settings.lr
+
+
+ORDINARY = Method()
+
+
 def train(
-    model: Net,
+    model: nn.Module,
     corpus: Corpus,
     settings: Settings,
     backend: Backend,
     *,
     seed: int,
+    method: Method = ORDINARY,
     rows: NDArray[np.int64] | None = None,
     kept: Checkpoints = NOWHERE,
     name: str = "train",
     keep_at: Container[int] = (),
 ) -> Iterator[Moment]:
-    """Train on these rows (all, if None), cross-entropy; yields after every step.
+    """Train on these rows (all, if None) by the method; yields after every step.
 
     The model is in train mode whenever a step begins, whatever the caller did in between. The state
     is kept under `name`, for these rows alone, after every epoch, after the steps in keep_at and
@@ -123,15 +169,9 @@ def train(
     plan = budget(len(rows), settings)
     shift = round(settings.shift * corpus.image_size[0])
     augment = Augment(shift=shift, flip=settings.flip)
-    optimiser = torch.optim.SGD(
-        model.parameters(),
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.momentum > 0,
-        fused=backend.fused or None,  # None is torch's own choice
-    )
-    warmup = min(settings.warmup, 0.2 * plan.epochs) * plan.steps_per_epoch
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    optimiser = (method.optimiser or usual_optimiser(settings, backend))(learning)
+    rate = method.rate or usual_rate(settings)
     step, before = 0, kept.load(name)
     if before is not None:
         restore(before, model, optimiser, rng)
@@ -147,11 +187,11 @@ def train(
             corpus, settings.batch, order=order, augment=augment, rng=rng, portion=ours
         ):
             step += 1
-            lr = settings.lr * one_cycle(step, warmup, plan.steps)
+            lr = settings.lr * rate(step, plan)
             optimiser.param_groups[0]["lr"] = lr
             model.train()
             with backend.precision():
-                loss = functional.cross_entropy(forward(batch.images), batch.labels)
+                loss = method.objective(forward, batch, step)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -163,28 +203,58 @@ def train(
             yield Moment(step, step / plan.steps_per_epoch, loss.detach(), lr, plan, len(rows))
 
 
+def usual_optimiser(settings: Settings, backend: Backend) -> Optimiser:
+    """SGD with momentum, as the settings say."""
+
+    def sgd(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(
+            weights,
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
+            fused=backend.fused or None,  # None is torch's own choice
+        )
+
+    return sgd
+
+
+def usual_rate(settings: Settings) -> Rate:
+    """One cycle, as the settings say."""
+
+    def rate(step: int, budget: Budget) -> float:
+        warmup = min(settings.warmup, 0.2 * budget.epochs) * budget.steps_per_epoch
+        return one_cycle(step, warmup, budget.steps)
+
+    return rate
+
+
 def record(
-    model: Net, optimiser: torch.optim.Optimizer, loss: torch.Tensor, facts: Mapping[str, Any]
+    model: nn.Module, optimiser: torch.optim.Optimizer, loss: torch.Tensor, facts: Mapping[str, Any]
 ) -> Record:
-    """The state of a training: weights and running statistics, momentum, where it is."""
+    """The state of a training: weights and running statistics, the optimiser's, where it is."""
     weights = {f"model.{name}": value.detach() for name, value in model.state_dict().items()}
-    momentum = {
-        f"momentum.{number}": held["momentum_buffer"]
-        for number, held in optimiser.state_dict()["state"].items()
-        if held.get("momentum_buffer") is not None
+    held = {
+        f"optimiser.{number}.{name}": value
+        for number, state in optimiser.state_dict()["state"].items()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor)
     }
-    return Record({**weights, **momentum, "loss": loss}, facts)
+    return Record({**weights, **held, "loss": loss}, facts)
 
 
 def restore(
-    kept: Record, model: Net, optimiser: torch.optim.Optimizer, rng: np.random.Generator
+    kept: Record, model: nn.Module, optimiser: torch.optim.Optimizer, rng: np.random.Generator
 ) -> None:
     """Put a training's state back. Raises CorpusError if it is that of another net."""
-    weights = {
-        name.removeprefix("model."): value
-        for name, value in kept.tensors.items()
-        if name.startswith("model.")
-    }
+    weights, held = dict[str, torch.Tensor](), dict[int, dict[str, torch.Tensor]]()
+    for key, value in kept.tensors.items():
+        what, _, name = key.partition(".")
+        if what == "model":
+            weights[name] = value
+        elif what == "optimiser":
+            number, _, name = name.partition(".")
+            held.setdefault(int(number), {})[name] = value
     try:
         model.load_state_dict(weights)
     except RuntimeError as fault:
@@ -192,10 +262,7 @@ def restore(
             "the checkpoint is of another net; resume with the settings of then, or begin anew "
             "with --force"
         ) from fault
-    for number, weight in enumerate(model.parameters()):
-        momentum = kept.tensors.get(f"momentum.{number}")
-        if momentum is not None:
-            optimiser.state[weight]["momentum_buffer"] = momentum.to(weight.device)
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": held})
     rng.bit_generator.state = kept.facts["random"]
 
 

@@ -219,7 +219,7 @@ class Outcome:
     """What a defense hands back."""
 
     model: Any  # models.Net, with n_classes outputs, or one more: the virtual class
-    undefended: Any  # models.Net as trained, before the defense changed it
+    undefended: Any  # models.Net as trained, before the defense changed it; None: there was none
     n_classes: int
     segregation: Segregation | None
     snapshots: Mapping[str, NDArray[Any]]  # features (S, N, D), epoch (S,), if they were to be kept

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from csc_gpu.attacks import ATTACKS, settings_of
 from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.cli import cli
+from csc_gpu.defenses import DEFENSES
 from csc_gpu.run import COLUMNS
 
 QUICK = ("--no-report", "--set", "train.epochs=2", "--set", "train.min_steps=1",
@@ -385,7 +386,7 @@ def test_a_wrong_attack_is_refused(tmp_path, words, needles):
         (("--set", "train.lr=fast"), ("train.lr", "number")),
         (("--set", "train.model=vgg"), ("train.model", "resnet8")),
         (("--defense", "magic"), ("magic", "csc")),
-        (("--defense", "plain", "--recover"), ("no suspects", "--recover")),
+        (("--defense", "plain", "--recover"), ("plain", "--recover")),
         (("--config", "no.toml"), ("no.toml",)),
     ],
 )
@@ -604,7 +605,9 @@ def test_attacks_and_defenses_are_listed_name_first():
     lines = call("attacks").output.splitlines()
     assert [line.split()[0] for line in lines] == list(ATTACKS)
     assert all(ATTACKS[line.split()[0]].family == line.split()[1] for line in lines)
-    assert [line.split()[0] for line in call("defenses").output.splitlines()] == ["csc", "plain"]
+    listed = call("defenses").output.splitlines()
+    assert [line.split()[0] for line in listed] == list(DEFENSES)
+    assert next(line for line in listed if line.startswith("scan")).split()[1] == "reserve"
 
 
 def test_a_quiet_run_says_its_verdict_alone_and_may_leave_a_board(tmp_path):

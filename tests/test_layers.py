@@ -18,7 +18,7 @@ LAYERS = (
     {"data"},
     {"backend"},
     {"models", "borrowed", "train", "features"},
-    {"segregate", "conceal", "trigger", "recover"},
+    {"components", "segregate", "conceal", "trigger", "recover"},
     {"witness"},
     {"csc", "attacks", "defenses", "sources"},
     {"watcher"},
@@ -28,6 +28,8 @@ LAYERS = (
     {"export"},
     {"report", "clean", "review"},
     {"pipeline", "bench"},
+    {"matrix"},
+    {"comparison"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -10,20 +10,55 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import plain
-from csc_gpu.types import Outcome
+from csc_gpu.defenses import ac, plain, scan, spectral, spectre, strip
+from csc_gpu.types import Outcome, Segregation
+
+RESERVE, RATE = "reserve", "rate"
+"""What a defense may need beside the corpus: clean images; the poisoning rate, told by a setting
+<name>.rate (the matrix tells the true one, and says so in the row)."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """A defense and its settings."""
 
-    run: Callable[..., Outcome]  # (view, settings, backend, *, seed, log) -> Outcome
-    settings: Callable[[], Any]
+    run: Callable[..., Outcome]  # (view, settings, backend, *, seed, log, kept) -> Outcome
+    settings: Callable[[], Any]  # a csc.Common with a section of its own
     summary: str
+    needs: tuple[str, ...] = ()
+    judge: Callable[..., Segregation] | None = None
+    """(features (N, D), labels (N,), settings, backend, *, seed) -> its verdict without images."""
+
+    @property
+    def needed(self) -> str:
+        """What it needs, in a word or two; - for nothing."""
+        return ", ".join(self.needs) or "-"
 
 
 DEFENSES: dict[str, Entry] = {
     "csc": Entry(csc.defend, csc.Settings, "Cluster Segregation Concealment, arXiv 2604.21416"),
-    "plain": Entry(plain.defend, csc.Settings, "no defense: ordinary training, the control"),
+    "plain": Entry(plain.defend, plain.Settings, "no defense: ordinary training, the control"),
+    "ac": Entry(ac.defend, ac.Settings, "Activation Clustering, arXiv 1811.03728", judge=ac.judge),
+    "spectral": Entry(
+        spectral.defend,
+        spectral.Settings,
+        "Spectral Signatures, arXiv 1811.00636",
+        needs=(RATE,),
+        judge=spectral.judge,
+    ),
+    "scan": Entry(
+        scan.defend,
+        scan.Settings,
+        "SCAn, USENIX Security 2021",
+        needs=(RESERVE,),
+        judge=scan.judge,
+    ),
+    "spectre": Entry(
+        spectre.defend,
+        spectre.Settings,
+        "SPECTRE, arXiv 2104.11315",
+        needs=(RATE,),
+        judge=spectre.judge,
+    ),
+    "strip": Entry(strip.defend, strip.Settings, "STRIP, arXiv 1902.06531", needs=(RESERVE,)),
 }

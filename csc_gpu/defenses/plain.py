@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from csc_gpu import csc
 from csc_gpu.backend import Backend
-from csc_gpu.checkpoint import NOWHERE, Checkpoints
-from csc_gpu.train import train
-from csc_gpu.types import DefenderView, Log, Outcome, quiet
+from csc_gpu.defenses.course import Course
+from csc_gpu.types import DefenderView, Outcome
+
+Settings = csc.Common
 
 
-def defend(
-    view: DefenderView,
-    settings: csc.Settings,
-    backend: Backend,
-    *,
-    seed: int,
-    log: Log = quiet,
-    kept: Checkpoints = NOWHERE,
-) -> Outcome:
+def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any) -> Outcome:
     """Train as CSC does, and look at nothing."""
-    clock = csc.Stopwatch(backend)
-    model = csc.fresh_model(view.train, settings, backend, seed=seed)
-    with clock("train"):
-        for at in train(model, view.train, settings.train, backend, seed=seed, kept=kept):
-            log("step", stage="train", at=at)
-    return Outcome(model, model, view.train.n_classes, None, {}, clock.seconds)
+    course = Course(view, settings, backend, **how)
+    model = course.trained()
+    return course.outcome(model, model)
