@@ -25,7 +25,18 @@ CPU = open_backend("cpu", 1)
 RIVALS = [name for name in DEFENSES if name != "csc"]
 JUDGES = [name for name in DEFENSES if DEFENSES[name].judge]
 QUICK = {"train.model": "resnet8", "train.epochs": 3, "train.min_steps": 0, "train.batch": 32}
-SHORT: dict[str, dict[str, Any]] = {}
+SHORT: dict[str, dict[str, Any]] = {
+    "ct": {
+        "ct.kept": [0.2],
+        "ct.least": [0.05],
+        "ct.epochs": [2, 2],
+        "ct.iterations": [4, 4],
+        "ct.weight": [5, 5],
+        "ct.lr": [0.01, 0.01],
+        "ct.every": [2, 2],
+        "ct.batch": 16,
+    },
+}
 """Settings that make a defense's own trainings short enough for a test, by name."""
 
 
