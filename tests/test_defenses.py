@@ -36,6 +36,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "ct.every": [2, 2],
         "ct.batch": 16,
     },
+    "abl": {"abl.isolating": 2, "abl.tuning": 2, "abl.unlearning": 2},
 }
 """Settings that make a defense's own trainings short enough for a test, by name."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import ct, plain, spectral
+from csc_gpu.defenses import abl, ct, plain, spectral
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -46,4 +46,5 @@ DEFENSES: dict[str, Entry] = {
         judge=spectral.judge,
     ),
     "ct": Entry(ct.defend, ct.Settings, "Confusion Training, arXiv 2205.13616", needs=(RESERVE,)),
+    "abl": Entry(abl.defend, abl.Settings, "Anti-Backdoor Learning, arXiv 2110.11571"),
 }
