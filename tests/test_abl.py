@@ -52,7 +52,7 @@ def test_the_lowest_losses_are_isolated_one_at_least():
 def test_ascent_makes_the_isolated_rows_wrong():
     corpus, _ = digits()
     short = {"train.model": "resnet8", "train.batch": 32, "abl.isolating": 2, "abl.tuning": 2}
-    changes = short | {"abl.share": 0.1, "abl.unlearning": 4, "abl.unlearning_lr": 0.01}
+    changes = short | {"abl.share": 0.1, "abl.unlearning": 8, "abl.unlearning_lr": 0.05}
     outcome = abl.defend(DefenderView(corpus), override(abl.Settings(), changes), CPU, seed=0)
     isolated = outcome.segregation.suspect
     assert isolated.sum() == 24

@@ -37,6 +37,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "ct.batch": 16,
     },
     "abl": {"abl.isolating": 2, "abl.tuning": 2, "abl.unlearning": 2},
+    "d-br": {"sensitivity.epochs": 1, "sensitivity.apart_epochs": 1, "d_br.epochs": 2},
 }
 """Settings that make a defense's own trainings short enough for a test, by name."""
 
