@@ -38,6 +38,13 @@ SHORT: dict[str, dict[str, Any]] = {
     },
     "abl": {"abl.isolating": 2, "abl.tuning": 2, "abl.unlearning": 2},
     "d-br": {"sensitivity.epochs": 1, "sensitivity.apart_epochs": 1, "d_br.epochs": 2},
+    "d-st": {
+        "sensitivity.epochs": 1,
+        "sensitivity.apart_epochs": 1,
+        "d_st.epochs": 2,
+        "d_st.batch": 64,
+        "d_st.head_epochs": 2,
+    },
 }
 """Settings that make a defense's own trainings short enough for a test, by name."""
 

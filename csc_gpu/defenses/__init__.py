@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import abl, ct, d_br, plain, spectral
+from csc_gpu.defenses import abl, ct, d_br, d_st, plain, spectral
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -48,4 +48,5 @@ DEFENSES: dict[str, Entry] = {
     "ct": Entry(ct.defend, ct.Settings, "Confusion Training, arXiv 2205.13616", needs=(RESERVE,)),
     "abl": Entry(abl.defend, abl.Settings, "Anti-Backdoor Learning, arXiv 2110.11571"),
     "d-br": Entry(d_br.defend, d_br.Settings, "Effective Backdoor Defense, removal, NeurIPS 2022"),
+    "d-st": Entry(d_st.defend, d_st.Settings, "Effective Backdoor Defense, training, NeurIPS 2022"),
 }
