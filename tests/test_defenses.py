@@ -26,6 +26,8 @@ RIVALS = [name for name in DEFENSES if name != "csc"]
 JUDGES = [name for name in DEFENSES if DEFENSES[name].judge]
 QUICK = {"train.model": "resnet8", "train.epochs": 3, "train.min_steps": 0, "train.batch": 32}
 SHORT: dict[str, dict[str, Any]] = {
+    "ac": {"ac.dims": 3, "ac.repair_epochs": 1},  # few rows have few independent components
+    "strip": {"strip.overlays": 4},
     "ct": {
         "ct.kept": [0.2],
         "ct.least": [0.05],

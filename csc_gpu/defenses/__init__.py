@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import abl, ct, d_br, d_st, plain, spectral
+from csc_gpu.defenses import abl, ac, ct, d_br, d_st, plain, scan, spectral, spectre, strip
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -38,6 +38,7 @@ class Entry:
 DEFENSES: dict[str, Entry] = {
     "csc": Entry(csc.defend, csc.Settings, "Cluster Segregation Concealment, arXiv 2604.21416"),
     "plain": Entry(plain.defend, plain.Settings, "no defense: ordinary training, the control"),
+    "ac": Entry(ac.defend, ac.Settings, "Activation Clustering, arXiv 1811.03728", judge=ac.judge),
     "spectral": Entry(
         spectral.defend,
         spectral.Settings,
@@ -45,6 +46,21 @@ DEFENSES: dict[str, Entry] = {
         needs=(RATE,),
         judge=spectral.judge,
     ),
+    "scan": Entry(
+        scan.defend,
+        scan.Settings,
+        "SCAn, USENIX Security 2021",
+        needs=(RESERVE,),
+        judge=scan.judge,
+    ),
+    "spectre": Entry(
+        spectre.defend,
+        spectre.Settings,
+        "SPECTRE, arXiv 2104.11315",
+        needs=(RATE,),
+        judge=spectre.judge,
+    ),
+    "strip": Entry(strip.defend, strip.Settings, "STRIP, arXiv 1902.06531", needs=(RESERVE,)),
     "ct": Entry(ct.defend, ct.Settings, "Confusion Training, arXiv 2205.13616", needs=(RESERVE,)),
     "abl": Entry(abl.defend, abl.Settings, "Anti-Backdoor Learning, arXiv 2110.11571"),
     "d-br": Entry(d_br.defend, d_br.Settings, "Effective Backdoor Defense, removal, NeurIPS 2022"),
