@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 
 from csc_gpu import csc
 from csc_gpu.backend import Backend
+from csc_gpu.components import principal
 from csc_gpu.defenses.confusion import Confusion, confuse, fit
 from csc_gpu.defenses.course import Course, verdict
 from csc_gpu.types import Array, DefenderView, Mask, Outcome, Segregation
 
 AXES = 2
 """Dimensions in which a class is looked at."""
+FEWEST = 2
+"""Rows that a Gaussian needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,7 @@ def judge(
     isolated, ratio = told == labels, np.zeros(int(labels.max()) + 1)
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
-        plane = projected(points[xp.asarray(rows)].astype(xp.float64), xp)
+        plane, _ = principal(points[xp.asarray(rows)], AXES, xp)
         flat = np.asarray(backend.to_numpy(plane), np.float64)
         ratio[label] = log_ratio(flat, isolated[rows], chosen.ridge)
     poisoned = ratio > np.log(chosen.surely)
@@ -89,18 +92,12 @@ def judge(
     return verdict(isolated & poisoned[labels], belief, "ct", notes)
 
 
-def projected(points: Array, xp: Any) -> Array:
-    """The points (n, D) along their first principal axes. (n, 2)"""
-    shifted = points - points.mean(axis=0)
-    return shifted @ xp.linalg.eigh(shifted.T @ shifted)[1][:, -AXES:]
-
-
 def log_ratio(points: NDArray[np.float64], isolated: Mask, ridge: float) -> float:
-    """How much likelier a row (n, 2) is, on average, if the isolated have a Gaussian of their own.
+    """How much likelier a row (n, k) is, on average, if the isolated have a Gaussian of their own.
 
     The natural logarithm of it; 0 if on either side there are too few rows for a Gaussian.
     """
-    if min(isolated.sum(), (~isolated).sum()) < AXES:
+    if min(isolated.sum(), (~isolated).sum()) < FEWEST:
         return 0.0
     alone = log_likelihood(points, points[~isolated], ridge)
     apart = np.where(isolated, log_likelihood(points, points[isolated], ridge), alone)
@@ -110,10 +107,11 @@ def log_ratio(points: NDArray[np.float64], isolated: Mask, ridge: float) -> floa
 def log_likelihood(
     points: NDArray[np.float64], of: NDArray[np.float64], ridge: float
 ) -> NDArray[np.float64]:
-    """The log density at points (n, 2) of the Gaussian that fits others (m, 2). (n,)"""
-    covariance = np.cov(of.T) + ridge * np.eye(AXES)
+    """The log density at points (n, k) of the Gaussian that fits others (m, k). (n,)"""
+    k = points.shape[1]
+    covariance = np.cov(of.T).reshape(k, k) + ridge * np.eye(k)
     away = points - of.mean(axis=0)
     distance = (away * np.linalg.solve(covariance, away.T).T).sum(axis=1)
     volume = np.linalg.slogdet(covariance).logabsdet
-    density: NDArray[np.float64] = -0.5 * (distance + volume + AXES * np.log(2 * np.pi))
+    density: NDArray[np.float64] = -0.5 * (distance + volume + k * np.log(2 * np.pi))
     return density
