@@ -2,7 +2,7 @@
 
 Because it yields, the caller decides when to stop or to take features; there are no callbacks.
 SGD with momentum and a one-cycle learning rate: a linear warm-up, then a linear decay to zero. A
-defense that trains otherwise says so by a Method: its objective, its rates, its optimiser.
+defense that trains otherwise says so by a Method: objective, rates, optimiser, order of rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from csc_gpu.backend import Augment, Backend, Batch
-from csc_gpu.backend.passes import Portion
+from csc_gpu.backend.passes import Portion, batches_in
 from csc_gpu.backend.ranks import Forward
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, fingerprint
 from csc_gpu.config import require
@@ -96,7 +96,7 @@ class Moment:
 
 def budget(n_rows: int, settings: Settings) -> Budget:
     """Epochs and steps for so many rows."""
-    steps = math.ceil(n_rows / settings.batch)
+    steps = batches_in(n_rows, settings.batch)
     epochs = settings.epochs or entry(settings.model).epochs
     return Budget(max(epochs, math.ceil(settings.min_steps / steps)), steps)
 
@@ -108,12 +108,19 @@ and the step, so that a resumed training draws the same; it may set parts of its
 Rate = Callable[[int, Budget], float]
 """(step 1.., budget) -> share of the peak learning rate."""
 Optimiser = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+Order = Callable[[np.random.Generator, NDArray[np.int64]], NDArray[np.int64]]
+"""(the training's random state, its rows) -> the rows in the order of one pass."""
 
 
 def cross_entropy(forward: Forward, batch: Batch, step: int) -> torch.Tensor:
     """The usual objective. ()"""
     del step
     return functional.cross_entropy(forward(batch.images), batch.labels)
+
+
+def shuffled(rng: np.random.Generator, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The usual order."""
+    return rng.permutation(rows)
 
 
 def constant(step: int, budget: Budget) -> float:
@@ -138,6 +145,7 @@ class Method:
     objective: Objective = cross_entropy
     rate: Rate | None = None  # None: one cycle, as the settings say
     optimiser: Optimiser | None = None  # None: SGD, as the settings say; its lr is settings.lr
+    order: Order = shuffled
 
 
 ORDINARY = Method()
@@ -181,7 +189,7 @@ def train(
     first, done = divmod(step, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         drawn_from = rng.bit_generator.state
-        order, skip = rng.permutation(rows), done if epoch == first else 0
+        order, skip = method.order(rng, rows), done if epoch == first else 0
         ours = Portion(batches=slice(skip, None), rows=ranks.share)
         for batch in backend.batches(
             corpus, settings.batch, order=order, augment=augment, rng=rng, portion=ours

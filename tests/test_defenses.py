@@ -28,6 +28,25 @@ QUICK = {"train.model": "resnet8", "train.epochs": 3, "train.min_steps": 0, "tra
 SHORT: dict[str, dict[str, Any]] = {
     "ac": {"ac.dims": 3, "ac.repair_epochs": 1},  # few rows have few independent components
     "strip": {"strip.overlays": 4},
+    "ct": {
+        "ct.kept": [0.2],
+        "ct.least": [0.05],
+        "ct.epochs": [2, 2],
+        "ct.iterations": [4, 4],
+        "ct.weight": [5, 5],
+        "ct.lr": [0.01, 0.01],
+        "ct.every": [2, 2],
+        "ct.batch": 16,
+    },
+    "abl": {"abl.isolating": 2, "abl.tuning": 2, "abl.unlearning": 2},
+    "d-br": {"sensitivity.epochs": 1, "sensitivity.apart_epochs": 1, "d_br.epochs": 2},
+    "d-st": {
+        "sensitivity.epochs": 1,
+        "sensitivity.apart_epochs": 1,
+        "d_st.epochs": 2,
+        "d_st.batch": 64,
+        "d_st.head_epochs": 2,
+    },
 }
 """Settings that make a defense's own trainings short enough for a test, by name."""
 

@@ -17,12 +17,17 @@ from numpy.typing import NDArray
 from csc_gpu.backend import Augment
 
 
+def batches_in(n_rows: int, size: int) -> int:
+    """Batches of at most `size` in one pass over so many rows."""
+    return max(1, math.ceil(n_rows / size))
+
+
 def even_parts(order: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
     """The rows in batches of at most `size`, none more than one row shorter than another.
 
     Even, because a last batch of one row would leave BatchNorm nothing to normalise over.
     """
-    return np.array_split(order, max(1, math.ceil(len(order) / size)))
+    return np.array_split(order, batches_in(len(order), size))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,12 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.permute(0, 3, 1, 2).float().sub_(127.5).div_(63.75)
 
 
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """What to_float was given. float32 (B, 3, H, W) -> uint8 (B, H, W, 3)"""
+    pixels = images.mul(63.75).add_(127.5).round_().clamp_(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1)
+
+
 def batches(
     pixels: torch.Tensor,
     labels: NDArray[np.int64],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import ac, plain, scan, spectral, spectre, strip
+from csc_gpu.defenses import abl, ac, ct, d_br, d_st, plain, scan, spectral, spectre, strip
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -61,4 +61,8 @@ DEFENSES: dict[str, Entry] = {
         judge=spectre.judge,
     ),
     "strip": Entry(strip.defend, strip.Settings, "STRIP, arXiv 1902.06531", needs=(RESERVE,)),
+    "ct": Entry(ct.defend, ct.Settings, "Confusion Training, arXiv 2205.13616", needs=(RESERVE,)),
+    "abl": Entry(abl.defend, abl.Settings, "Anti-Backdoor Learning, arXiv 2110.11571"),
+    "d-br": Entry(d_br.defend, d_br.Settings, "Effective Backdoor Defense, removal, NeurIPS 2022"),
+    "d-st": Entry(d_st.defend, d_st.Settings, "Effective Backdoor Defense, training, NeurIPS 2022"),
 }

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 
 from csc_gpu import csc
 from csc_gpu import features as extraction
 from csc_gpu import train as training
 from csc_gpu.backend import Backend
+from csc_gpu.backend.resident import to_pixels
 from csc_gpu.checkpoint import NOWHERE, Checkpoints
 from csc_gpu.errors import ConfigError, TrainingDiverged
 from csc_gpu.models import Net
@@ -127,6 +129,21 @@ class Course:
         with self.clock("features"):
             told = extraction.predict(model, corpus or self.corpus, self.backend)
         return self.backend.to_numpy(told).astype(np.int64)
+
+    def pixels(self, corpus: Corpus) -> NDArray[np.uint8]:
+        """The pixels of a small corpus, wherever they lie, on the host. (N, H, W, 3)"""
+        parts = self.backend.batches(corpus, extraction.BATCH)
+        return np.concatenate([to_pixels(part.images).cpu().numpy() for part in parts])
+
+    @torch.inference_mode()
+    def judged(self, model: Net, points: Array) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Predictions, and losses by given label, from features (N, D) of the corpus. (N,) each"""
+        logits = model.head(self.backend.tensor(points))
+        labels = torch.from_numpy(self.corpus.labels).to(logits.device)
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        down = self.backend.to_numpy
+        told, lost = down(self.backend.array(logits.argmax(1))), down(self.backend.array(losses))
+        return told.astype(np.int64), lost.astype(np.float32)
 
     def outcome(
         self, model: Net, undefended: Net | None = None, verdict: Segregation | None = None
