@@ -25,7 +25,9 @@ CPU = open_backend("cpu", 1)
 RIVALS = [name for name in DEFENSES if name != "csc"]
 JUDGES = [name for name in DEFENSES if DEFENSES[name].judge]
 QUICK = {"train.model": "resnet8", "train.epochs": 3, "train.min_steps": 0, "train.batch": 32}
-SHORT: dict[str, dict[str, Any]] = {}
+SHORT: dict[str, dict[str, Any]] = {
+    "nad": {"nad.teacher_epochs": 1, "nad.epochs": 2, "nad.min_steps": 0},
+}
 """Settings that make a defense's own trainings short enough for a test, by name."""
 
 

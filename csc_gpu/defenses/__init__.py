@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import plain, spectral
+from csc_gpu.defenses import nad, plain, spectral
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -44,5 +44,11 @@ DEFENSES: dict[str, Entry] = {
         "Spectral Signatures, arXiv 1811.00636",
         needs=(RATE,),
         judge=spectral.judge,
+    ),
+    "nad": Entry(
+        nad.defend,
+        nad.Settings,
+        "Neural Attention Distillation, arXiv 2101.05930",
+        needs=(RESERVE,),
     ),
 }
