@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import nad, plain, spectral
+from csc_gpu.defenses import nad, nc, plain, spectral
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -49,6 +49,12 @@ DEFENSES: dict[str, Entry] = {
         nad.defend,
         nad.Settings,
         "Neural Attention Distillation, arXiv 2101.05930",
+        needs=(RESERVE,),
+    ),
+    "nc": Entry(
+        nc.defend,
+        nc.Settings,
+        "Neural Cleanse with unlearning, IEEE S&P 2019",
         needs=(RESERVE,),
     ),
 }
