@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import nad, nc, plain, spectral
+from csc_gpu.defenses import nad, nc, none_defense, plain, spectral
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -57,4 +57,5 @@ DEFENSES: dict[str, Entry] = {
         "Neural Cleanse with unlearning, IEEE S&P 2019",
         needs=(RESERVE,),
     ),
+    "none-defense": Entry(none_defense.defend, none_defense.Settings, "NONE, arXiv 2202.06382"),
 }
