@@ -34,7 +34,8 @@ class Settings:
     """How the classifier is trained."""
 
     model: str = ""
-    """resnet8 or resnet18; empty: resnet8 with --cpu, resnet18 on a GPU."""
+    """resnet8 or resnet18; empty: resnet8 with --cpu, resnet18 on a GPU. resnet8-group and
+    resnet18-group have group norm instead of batch norm."""
     epochs: int = 0
     """Passes over the corpus; 0: what goes with the model (resnet8 10, resnet18 100)."""
     min_steps: int = 600

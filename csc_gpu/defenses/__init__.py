@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import nad, nc, none_defense, plain, spectral
+from csc_gpu.defenses import dp_sgd, nad, nc, none_defense, plain, spectral
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -58,4 +58,7 @@ DEFENSES: dict[str, Entry] = {
         needs=(RESERVE,),
     ),
     "none-defense": Entry(none_defense.defend, none_defense.Settings, "NONE, arXiv 2202.06382"),
+    "dp-sgd": Entry(
+        dp_sgd.defend, dp_sgd.Settings, "DP-SGD, gradient shaping, arXiv 2002.11497; uses Opacus"
+    ),
 }
