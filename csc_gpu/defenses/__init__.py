@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import dp_sgd, nad, nc, none_defense, plain, spectral
+from csc_gpu.defenses import dbd, dp_sgd, nad, nc, none_defense, plain, spectral
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -61,4 +61,5 @@ DEFENSES: dict[str, Entry] = {
     "dp-sgd": Entry(
         dp_sgd.defend, dp_sgd.Settings, "DP-SGD, gradient shaping, arXiv 2002.11497; uses Opacus"
     ),
+    "dbd": Entry(dbd.defend, dbd.Settings, "Decoupling-based Backdoor Defense, arXiv 2202.03423"),
 }
