@@ -383,6 +383,9 @@ def score(run: Path, key: Path, cpu: bool) -> None:
 @cli.command()
 @click.argument("features", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Verdict directory.")
+@click.option(
+    "--defense", default="csc", show_default=True, help="Another that can judge features alone."
+)
 @force
 @changes
 @machine
@@ -391,11 +394,46 @@ def segregate(features: Path, out: Path, **how: Any) -> None:
 
     The .npz holds features, (N, D) or (S, N, D) for S snapshots, and labels, (N,). They may come
     from images, text, audio or tables. Without a record of verification the two-stage rule stops
-    after its first stage, and says so.
+    after its first stage, and says so. Another defense than csc judges the last snapshot.
     """
     from csc_gpu import pipeline
 
     click.echo(pipeline.segregate(features, out, **how))
+
+
+@cli.command()
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Rows, one JSON line a cell."
+)
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Where trained nets are kept for later defenses; default: OUT.work.",
+)
+@click.option("--retry", is_flag=True, help="Run cells again that failed.")
+@machine
+def matrix(plan: Path, out: Path, work: Path | None, retry: bool, backend: Any) -> None:
+    """Run every defense of PLAN against every attack, data set, rate and seed.
+
+    PLAN is TOML: data, attacks, defenses, rates, rates_of_target, targets, seeds, reserve, and the
+    tables [settings], [defense.NAME] and [attack.NAME]. Called again it goes on where it stopped.
+    """
+    from csc_gpu import comparison
+
+    for line in comparison.run_plan(plan, out, work, retry=retry, backend=backend):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("rows", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder.")
+def compare(rows: Path, out: Path) -> None:
+    """Make tables and plots of the ROWS of csc-gpu matrix: Markdown, CSV and one HTML page"""
+    from csc_gpu import comparison
+
+    for path in comparison.write(rows, out):
+        click.echo(str(path))
 
 
 @cli.command()

@@ -710,20 +710,36 @@ def plan(
 
 
 def segregate(
-    features: Path, out: Path, *, changes: Mapping[str, Any], force: bool, backend: Backend
+    features: Path,
+    out: Path,
+    *,
+    changes: Mapping[str, Any],
+    force: bool,
+    backend: Backend,
+    defense: str = "csc",
 ) -> str:
-    """Segregate a feature file and write the verdict; the verdict in a few lines."""
+    """Segregate a feature file and write the verdict; the verdict in a few lines.
+
+    Another defense than csc judges the last snapshot. Raises ConfigError if it needs the images.
+    """
+    judge = defense_named(defense).judge
+    if judge is None and defense != "csc":
+        able = ", ".join(name for name, entry in DEFENSES.items() if entry.judge)
+        raise ConfigError(f"{defense} does not judge features alone; csc, {able} do")
     found = run.load_snapshots(features)
     of_run = {name: v for name, v in (found.settings or {}).items() if name in known_settings()}
-    settings = override(
-        csc.Settings(),
-        {f"segregate.{name}": value for name, value in of_run.items()} | dict(changes),
-    )
+    before = {f"segregate.{n}": v for n, v in of_run.items()} if judge is None else {}
+    settings = settings_of(defense, before | dict(changes))
     run.check_apart(str(features), out)
     with run.fresh_directory(out, run.VERDICT, force=force) as folder:
         run.write_text(folder / "settings.toml", to_toml(settings))
         with Console(folder / "log.jsonl") as log:
-            told = watch(found, settings.segregate, backend, log)
+            if judge is not None:
+                last = backend.xp.asarray(found.features[-1])
+                told = judge(last, found.labels, settings, backend, seed=0)
+            else:
+                assert isinstance(settings, csc.Settings)
+                told = watch(found, settings.segregate, backend, log)
         labels, classes = found.labels, found.classes
         run.save_suspects(folder / "suspects.csv", found.names, told)
         run.save_clusters(folder / "clusters.csv", told, classes)

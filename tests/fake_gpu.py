@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import DBSCAN
+from sklearn.cluster import DBSCAN, KMeans
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from csc_gpu.backend import Settings
@@ -30,16 +30,16 @@ def _names(text: str) -> frozenset[str]:
 
 METHODS = _names(
     "all any argmax argmin argsort astype clip copy cumsum fill flatten max mean min nonzero ravel "
-    "repeat reshape round sort squeeze std sum swapaxes take transpose var view"
+    "repeat reshape round sort squeeze std sum swapaxes take trace transpose var view"
 )
 """What a DeviceArray does as cupy.ndarray does it; test_cuda_signatures holds it to the real one.
 """
 UPLOADS = frozenset({"array", "asarray", "ascontiguousarray"})
 """Functions to which CuPy takes arrays of the host."""
 NAMES = _names(
-    "arange argsort bincount bool_ concatenate empty flatnonzero float16 float32 float64 full "
-    "int16 int32 int64 isfinite linspace log2 matmul packbits quantile stack subtract uint16 "
-    "uint32 uint64 uint8 unique where zeros"
+    "arange argsort bincount bool_ clip concatenate empty exp eye flatnonzero float16 float32 "
+    "float64 full int16 int32 int64 isfinite linspace log2 matmul maximum packbits quantile "
+    "sort sqrt stack subtract tanh uint16 uint32 uint64 uint8 unique where zeros"
 )
 """The other names of CuPy that the fake offers: those that csc_gpu uses. test_cuda_signatures finds
 out whether they are enough, and whether CuPy has them."""
@@ -220,7 +220,7 @@ class FakeCupy(ModuleType):
         self._traffic = traffic
         self.ndarray = DeviceArray
         self.linalg = ModuleType("fake_cupy.linalg")
-        for name in ("norm", "eigh"):
+        for name in ("norm", "eigh", "pinv"):
             setattr(self.linalg, name, self._on_device(getattr(np.linalg, name)))
 
     def __getattr__(self, name: str) -> Any:
@@ -397,6 +397,12 @@ class FakeDriver(FakeGraphs):
             raise self.faults.pop(0)
         found = DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points._host)
         return DeviceArray(found.astype(space.dtype), self.traffic)
+
+    def kmeans(self, points: DeviceArray, k: int, seed: int, tries: int) -> DeviceArray:
+        """See Driver.kmeans."""
+        assert isinstance(points, DeviceArray)
+        model = KMeans(k, n_init=tries, random_state=seed)
+        return DeviceArray(model.fit_predict(points._host), self.traffic)
 
     def nearest(self, points: DeviceArray, queries: DeviceArray, k: int) -> DeviceArray:
         """See Driver.nearest."""

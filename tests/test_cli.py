@@ -22,6 +22,7 @@ from safetensors.numpy import load_file
 from csc_gpu.attacks import ATTACKS, settings_of
 from csc_gpu.backend.cpu import CpuBackend
 from csc_gpu.cli import cli
+from csc_gpu.defenses import DEFENSES
 from csc_gpu.run import COLUMNS
 
 QUICK = ("--set", "train.epochs=2", "--set", "train.min_steps=1", "--set", "train.batch=32")
@@ -603,7 +604,9 @@ def test_attacks_and_defenses_are_listed_name_first():
     lines = call("attacks").output.splitlines()
     assert [line.split()[0] for line in lines] == list(ATTACKS)
     assert all(ATTACKS[line.split()[0]].family == line.split()[1] for line in lines)
-    assert [line.split()[0] for line in call("defenses").output.splitlines()] == ["csc", "plain"]
+    listed = call("defenses").output.splitlines()
+    assert [line.split()[0] for line in listed] == list(DEFENSES)
+    assert next(line for line in listed if line.startswith("scan")).split()[1] == "reserve"
 
 
 def test_a_quiet_run_says_its_verdict_alone_and_may_leave_a_board(tmp_path):

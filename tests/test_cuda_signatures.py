@@ -28,6 +28,11 @@ RECORDED = {
         "calc_core_sample_indices"
     ),
     "DBSCAN.fit_predict": "self X y sample_weight * out_dtype",
+    "KMeans.__init__": (
+        "self * n_clusters max_iter tol verbose random_state init n_init oversampling_factor "
+        "max_samples_per_batch device_buffer_samples init_size output_type"
+    ),
+    "KMeans.fit_predict": "self X y sample_weight",
     "NearestNeighbors.__init__": (
         "self * n_neighbors radius algorithm metric p algo_params metric_params n_jobs verbose "
         "output_type"
@@ -56,6 +61,8 @@ def our_calls() -> list[tuple[str, tuple[object, ...], dict[str, object]]]:
     return [
         ("DBSCAN.__init__", (), model),
         ("DBSCAN.fit_predict", ("points",), fit),
+        ("KMeans.__init__", (), gpu.kmeans_arguments(2, 0, 10)),
+        ("KMeans.fit_predict", ("points",), {}),
         ("NearestNeighbors.__init__", (), search),
         ("NearestNeighbors.fit", ("points",), {}),
         ("NearestNeighbors.kneighbors", ("queries",), ask),
@@ -157,7 +164,7 @@ def real(name: str) -> ModuleType:
 
 def in_cuml(name: str) -> inspect.Signature:
     owner, _, method = name.partition(".")
-    home = real("cuml.cluster") if owner == "DBSCAN" else real("cuml.neighbors")
+    home = real("cuml.cluster") if owner in ("DBSCAN", "KMeans") else real("cuml.neighbors")
     return inspect.signature(getattr(getattr(home, owner), method))
 
 

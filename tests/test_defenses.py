@@ -26,6 +26,8 @@ RIVALS = [name for name in DEFENSES if name != "csc"]
 JUDGES = [name for name in DEFENSES if DEFENSES[name].judge]
 QUICK = {"train.model": "resnet8", "train.epochs": 3, "train.min_steps": 0, "train.batch": 32}
 SHORT: dict[str, dict[str, Any]] = {
+    "ac": {"ac.dims": 3, "ac.repair_epochs": 1},  # few rows have few independent components
+    "strip": {"strip.overlays": 4},
     "nad": {"nad.teacher_epochs": 1, "nad.epochs": 2, "nad.min_steps": 0},
     "nc": {"nc.epochs": 2, "nc.unlearn_epochs": 2, "nc.index": 0.5},
     "dbd": {

@@ -18,12 +18,14 @@ LAYERS = (
     {"data"},
     {"backend"},
     {"models", "train", "features"},
-    {"segregate", "conceal", "trigger", "recover"},
+    {"components", "segregate", "conceal", "trigger", "recover"},
     {"witness"},
     {"csc", "attacks", "defenses", "sources"},
     {"answers", "evaluate", "foreign", "pack", "plan"},
     {"run", "board", "progress"},
     {"pipeline", "bench"},
+    {"matrix"},
+    {"comparison"},
     {"cli", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

@@ -164,6 +164,9 @@ class Backend(Protocol):
     def neighbors(self, points: Array, k: int, queries: Array) -> Array:
         """Distance of each query to its k-th neighbour among the points, itself counted. (len,)"""
 
+    def kmeans(self, points: Array, k: int, *, seed: int, tries: int) -> Array:
+        """The best of so many k-means of (N, D) float32 in C order. (N,) int32, 0..k-1"""
+
     def captured(self, step: Step) -> Step:
         """The step as a CUDA graph, or the step itself: one contract (see captured.py)."""
 

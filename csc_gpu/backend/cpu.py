@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -10,7 +11,8 @@ from types import ModuleType
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.cluster import DBSCAN
+from sklearn.cluster import DBSCAN, KMeans
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.neighbors import NearestNeighbors
 
 from csc_gpu.backend import Decoder, Settings, Step
@@ -84,6 +86,13 @@ class CpuBackend(Batches):
         """See Backend.neighbors."""
         search = NearestNeighbors(n_neighbors=k, algorithm="brute", n_jobs=self.threads)
         return search.fit(points).kneighbors(queries)[0][:, -1]
+
+    def kmeans(self, points: Array, k: int, *, seed: int, tries: int) -> Array:
+        """See Backend.kmeans."""
+        model = KMeans(k, n_init=tries, random_state=seed)
+        with warnings.catch_warnings():  # fewer distinct rows than clusters is an answer, too
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            return model.fit_predict(points).astype(np.int32)
 
     def captured(self, step: Step) -> Step:
         """See Backend.captured."""

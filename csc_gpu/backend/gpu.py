@@ -57,6 +57,9 @@ class Driver(Graphs, Protocol):
     def dbscan(self, points: Array, eps: float, min_samples: int, space: Workspace) -> Array:
         """Cluster numbers of cuML, int32 or int64. (N,)"""
 
+    def kmeans(self, points: Array, k: int, seed: int, tries: int) -> Array:
+        """Cluster numbers of cuML's k-means, integers. (N,)"""
+
     def nearest(self, points: Array, queries: Array, k: int) -> Array:
         """The rows of the k nearest points of each query. (len(queries), k) integers"""
 
@@ -168,6 +171,11 @@ class GpuBackend(Batches):
             parts.append(near.sum(axis=2).max(axis=1) ** 0.5)
         return self.xp.concatenate(parts)
 
+    def kmeans(self, points: Array, k: int, *, seed: int, tries: int) -> Array:
+        """See Backend.kmeans."""
+        points = self.xp.ascontiguousarray(points, dtype=self.xp.float32)
+        return self._driver.kmeans(points, k, seed, tries).astype(self.xp.int32)
+
     def captured(self, step: Step) -> Step:
         """See Backend.captured; settings.graph false gives the step itself."""
         return Captured(step, self._driver) if self._settings.graph else step
@@ -207,6 +215,17 @@ def nearest_arguments(k: int) -> tuple[dict[str, Any], dict[str, Any]]:
         "output_type": "cupy",
     }
     return model, {"return_distance": False}
+
+
+def kmeans_arguments(k: int, seed: int, tries: int) -> dict[str, Any]:
+    """For cuML's KMeans."""
+    return {
+        "n_clusters": k,
+        "n_init": tries,
+        "init": "k-means++",
+        "random_state": seed,
+        "output_type": "cupy",
+    }
 
 
 class Cuda:
@@ -253,6 +272,11 @@ class Cuda:
         model, fit = dbscan_arguments(eps, min_samples, space)
         self.synchronise()
         return self._clustering.DBSCAN(**model).fit_predict(points, **fit)
+
+    def kmeans(self, points: Array, k: int, seed: int, tries: int) -> Array:
+        """See Driver.kmeans."""
+        self.synchronise()
+        return self._clustering.KMeans(**kmeans_arguments(k, seed, tries)).fit_predict(points)
 
     def nearest(self, points: Array, queries: Array, k: int) -> Array:
         """See Driver.nearest."""

@@ -10,7 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import dbd, dp_sgd, nad, nc, none_defense, plain, spectral
+from csc_gpu.defenses import (
+    ac,
+    dbd,
+    dp_sgd,
+    nad,
+    nc,
+    none_defense,
+    plain,
+    scan,
+    spectral,
+    spectre,
+    strip,
+)
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -38,6 +50,7 @@ class Entry:
 DEFENSES: dict[str, Entry] = {
     "csc": Entry(csc.defend, csc.Settings, "Cluster Segregation Concealment, arXiv 2604.21416"),
     "plain": Entry(plain.defend, plain.Settings, "no defense: ordinary training, the control"),
+    "ac": Entry(ac.defend, ac.Settings, "Activation Clustering, arXiv 1811.03728", judge=ac.judge),
     "spectral": Entry(
         spectral.defend,
         spectral.Settings,
@@ -45,6 +58,21 @@ DEFENSES: dict[str, Entry] = {
         needs=(RATE,),
         judge=spectral.judge,
     ),
+    "scan": Entry(
+        scan.defend,
+        scan.Settings,
+        "SCAn, USENIX Security 2021",
+        needs=(RESERVE,),
+        judge=scan.judge,
+    ),
+    "spectre": Entry(
+        spectre.defend,
+        spectre.Settings,
+        "SPECTRE, arXiv 2104.11315",
+        needs=(RATE,),
+        judge=spectre.judge,
+    ),
+    "strip": Entry(strip.defend, strip.Settings, "STRIP, arXiv 1902.06531", needs=(RESERVE,)),
     "nad": Entry(
         nad.defend,
         nad.Settings,

@@ -8,6 +8,7 @@ most poison that a class may hold, and a net is trained on the rest. That eps is
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from csc_gpu import csc
 from csc_gpu.backend import Backend
+from csc_gpu.components import principal
 from csc_gpu.config import require
 from csc_gpu.defenses.course import Course, verdict
 from csc_gpu.types import Array, DefenderView, Outcome, Segregation
@@ -79,8 +81,10 @@ def judge(
     return verdict(suspect, belief, "spectral", {"expected_rate": chosen.rate, "unit": chosen.unit})
 
 
-def outlyingness(points: Array, xp: Any, *, centred: bool = True) -> Array:
-    """Squared projection of each row (n, D) on the top right singular vector, once centred. (n,)"""
-    shifted = points - points.mean(axis=0)
-    axis = xp.linalg.eigh(shifted.T @ shifted)[1][:, -1]
-    return ((shifted if centred else points) @ axis) ** 2
+def outlyingness(points: Array, xp: ModuleType, *, centred: bool = True) -> Array:
+    """Squared projection of each row (n, D) on the top singular vector of the centred rows. (n,)"""
+    projected, _ = principal(points, 1, xp)
+    if centred:
+        return projected[:, 0] ** 2
+    axis = (points - points.mean(axis=0)).T @ projected[:, 0]
+    return (points @ (axis / xp.linalg.norm(axis))) ** 2

@@ -1,0 +1,360 @@
+"""The rows of a matrix as tables and plots: Markdown, CSV, and one HTML page that needs no other.
+
+Figures are means over seeds with n and the standard deviation (of n - 1; none for a single run).
+Where the attack did not take hold without a defense, no suppression is claimed: the row says so.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from csc_gpu import matrix, run
+from csc_gpu.backend import Backend
+from csc_gpu.errors import CorpusError
+from csc_gpu.pipeline import EFFECTIVE
+from csc_gpu.progress import Console
+
+Row = Mapping[str, Any]
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "acc before": ("before", "acc"),
+    "asr before": ("before", "asr"),
+    "acc": ("after", "acc"),
+    "asr": ("after", "asr"),
+    "ra": ("after", "ra"),
+    "virtual, triggered": ("after", "virtual_triggered"),
+    "virtual, clean": ("after", "virtual_clean"),
+    "recall": ("detection", "tpr"),
+    "false alarms": ("detection", "fpr"),
+    "auroc": ("detection", "auroc"),
+    "recovered acc": ("recovered", "acc"),
+    "recovered asr": ("recovered", "asr"),
+    "recovered ra": ("recovered", "ra"),
+    "seconds": ("seconds_in_all",),
+    "x plain": ("times_plain",),
+}
+"""What a table shows, and where a row has it."""
+DIGITS = {"seconds": 1, "x plain": 2, "false alarms": 4}
+ALIKE = ("data", "attack", "rate", "rate_of", "label_noise", "attack_options", "defense", "changed")
+"""Rows that agree in these differ by chance alone: seed, and with it the target."""
+NOT_TAKEN = "attack did not take hold"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over the seeds that have the figure."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float | None:
+        """None where no row has the figure."""
+        return statistics.fmean(self.values) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of n - 1; None for fewer than two."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def text(self, digits: int) -> str:
+        """mean, +- spread where there is one, - for nothing."""
+        if self.mean is None:
+            return "-"
+        told = f"{self.mean:.{digits}f}"
+        return told if self.spread is None else f"{told} ± {self.spread:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is known of a defense against an attack: rows that differ in the seed."""
+
+    rows: tuple[Row, ...]  # those that did not fail
+    failed: tuple[Row, ...]
+
+    @property
+    def first(self) -> Row:
+        """A row that stands for all."""
+        return (*self.rows, *self.failed)[0]
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        """Data set, and attack with its rate."""
+        row = self.first
+        rate = "" if row["attack"] == "none" else f" {row['rate']:g}"
+        rate += " of target" if rate and row["rate_of"] == "target" else ""
+        noise = f", label noise {row['label_noise']:g}" if row["label_noise"] else ""
+        options = "".join(f", {name}={value}" for name, value in row["attack_options"].items())
+        return row["data"], f"{row['attack']}{rate}{options}{noise}"
+
+    @property
+    def defense(self) -> str:
+        """Its name, with what was changed; * if it was told the poisoning rate."""
+        told = "*" if any(row.get("told_rate") for row in self.rows) else ""
+        return f"{self.first['defense']}{told}"
+
+    @property
+    def changed(self) -> str:
+        """Settings that are not the defaults."""
+        return " ".join(f"{name}={value}" for name, value in self.first["changed"].items())
+
+    def figure(self, column: str) -> Figure:
+        """One column over the seeds."""
+        found = (_at(row, COLUMNS[column]) for row in self.rows)
+        return Figure(tuple(float(value) for value in found if value is not None))
+
+    @property
+    def remark(self) -> str:
+        """What keeps its figures from being taken at their face."""
+        told = []
+        before = self.figure("asr before").mean
+        if before is not None and before < EFFECTIVE and self.first["attack"] != "none":
+            told.append(NOT_TAKEN)
+        if self.failed:
+            told.append(f"{len(self.failed)} failed: {self.failed[0]['error']}")
+        return "; ".join(told)
+
+
+def lines(rows: Iterable[Row]) -> list[Line]:
+    """Rows gathered over seeds, in the order in which they first come; of a key the last counts."""
+    last = {row["key"]: row for row in rows}
+    kinds: dict[str, list[Row]] = {}
+    for row in last.values():
+        kinds.setdefault(json.dumps([row[name] for name in ALIKE], sort_keys=True), []).append(row)
+    return [
+        Line(
+            tuple(row for row in alike if not row["error"]),
+            tuple(row for row in alike if row["error"]),
+        )
+        for alike in kinds.values()
+    ]
+
+
+def write(source: Path, out: Path) -> list[Path]:
+    """Make table.md, table.csv and table.html of a results file in a folder; where they are.
+
+    Raises CorpusError if there is nothing in it.
+    """
+    rows = matrix.read_rows(source)
+    if not rows:
+        raise CorpusError(f"{source} holds no rows; csc-gpu matrix writes some")
+    found = lines(rows)
+    made = {"table.md": markdown(found), "table.csv": table_csv(found), "table.html": page(found)}
+    with run.writing(out / "table.md"):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in made.items():
+            run.write_text(out / name, text)
+    return [out / name for name in made]
+
+
+def run_plan(
+    plan: Path, out: Path, work: Path | None, *, retry: bool, backend: Backend
+) -> Iterator[str]:
+    """Run a plan's cells that have no row yet; what came of each, in a line of text."""
+    work = work or out.with_name(out.name + ".work")
+    with Console() as log:
+        wanted = matrix.read_plan(plan)
+        for row in matrix.cells(wanted, out, work, backend, retry=retry, log=log):
+            yield said(row)
+
+
+def said(row: Row) -> str:
+    """A row as one line of text."""
+    line = Line((), (row,)) if row["error"] else Line((row,), ())
+    head = f"{' '.join(line.cell)} seed {row['seed']} {row['defense']}"
+    if row["error"]:
+        return f"{head}: failed: {row['error']}"
+    short = ("asr before", "acc", "asr", "ra", "recall", "false alarms", "seconds")
+    told = (f"{name} {line.figure(name).text(DIGITS.get(name, 3))}" for name in short)
+    return f"{head}: {', '.join(told)}"
+
+
+def cells(found: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
+    """Lines by data set and attack."""
+    by: dict[tuple[str, str], list[Line]] = {}
+    for line in found:
+        by.setdefault(line.cell, []).append(line)
+    return by
+
+
+def shown(found: Sequence[Line]) -> list[str]:
+    """The columns that some line has a figure for."""
+    return [name for name in COLUMNS if any(line.figure(name).values for line in found)]
+
+
+def markdown(found: Sequence[Line]) -> str:
+    """A table for every data set and attack."""
+    columns, parts = shown(found), []
+    for (data, attack), ours in cells(found).items():
+        parts.append(f"### {data}, {attack}\n")
+        parts.append(f"| defense | n | {' | '.join(columns)} | remark |")
+        parts.append("|---" * (len(columns) + 3) + "|")
+        for line in ours:
+            cells_ = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
+            head = f"| {line.defense} | {len(line.rows)} |"
+            parts.append(f"{head} {' | '.join(cells_)} | {line.remark or line.changed} |")
+        parts.append("")
+    return "\n".join([*parts, *(f"{note}  " for note in notes(found))]) + "\n"
+
+
+def notes(found: Sequence[Line]) -> list[str]:
+    """What a reader has to know of the figures."""
+    rows = [row for line in found for row in line.rows]
+    told = [
+        "Means over n seeds ± standard deviation; a single run has none. asr and ra leave out "
+        "images of the target class; a virtual prediction is an error on clean images.",
+        "x plain: seconds of everything a defense does over those of ordinary training.",
+    ]
+    if any(row["told_rate"] for row in rows):
+        told.append("* was told the true poisoning rate; oracle was told the poison itself.")
+    for row in rows[:1]:
+        versions = row["versions"]
+        told.append(
+            f"{row['settings']['train.model']}, {versions.get('processor', '')} {row['machine']}, "
+            f"torch {versions.get('torch', '?')}, commit {row['commit']}."
+        )
+    return told
+
+
+def table_csv(found: Sequence[Line]) -> str:
+    """One line for every defense, data set and attack: n, means and standard deviations."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    head = [f"{name}{what}" for name in COLUMNS for what in ("", " sd", " n")]
+    writer.writerow(("data", "attack", "defense", "changed", "n", *head, "remark"))
+    for line in found:
+        figures = [line.figure(name) for name in COLUMNS]
+        values = [_number(v) for f in figures for v in (f.mean, f.spread, len(f.values))]
+        writer.writerow(
+            (*line.cell, line.defense, line.changed, len(line.rows), *values, line.remark)
+        )
+    return file.getvalue()
+
+
+# --- the page -----------------------------------------------------------------------------------
+
+STYLE = (
+    "body{font:14px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
+    "td,th{border:1px solid #ccc;padding:.2rem .5rem;text-align:right;white-space:nowrap}"
+    "td:first-child,th:first-child,td:last-child{text-align:left}"
+    "svg{background:#fff;margin:.5rem 1rem .5rem 0}.plots{display:flex;flex-wrap:wrap}"
+)
+COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#8e44ad", "#e08e0b", "#00838f", "#6d4c41", "#455a64")
+WIDTH, HEIGHT, MARGIN = 420, 300, 46  # pixels of a plot
+BAR = 20  # pixels of a bar
+
+
+def page(found: Sequence[Line]) -> str:
+    """Tables and plots as one HTML page without a script or a file beside it."""
+    columns, body = shown(found), ["<h1>Defenses compared</h1>"]
+    colours = {
+        name: COLOURS[number % len(COLOURS)]
+        for number, name in enumerate(dict.fromkeys(line.defense for line in found))
+    }
+    for (data, attack), ours in cells(found).items():
+        body.append(f"<h2>{html.escape(f'{data}, {attack}')}</h2>")
+        body.append(_table(ours, columns))
+        plots = [
+            scatter(ours, "asr", "acc", "attack success", "accuracy", colours),
+            scatter(ours, "false alarms", "recall", "false alarms", "recall", colours),
+            bars(ours, "x plain", "cost, times plain training", colours),
+        ]
+        body.append(f'<div class="plots">{"".join(plots)}</div>')
+    body += [f"<p>{html.escape(note)}</p>" for note in notes(found)]
+    title = "<title>Defenses compared</title>"
+    head = f'<meta charset="utf-8">{title}<style>{STYLE}</style>'
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+def _table(ours: Sequence[Line], columns: Sequence[str]) -> str:
+    head = "".join(f"<th>{html.escape(name)}" for name in ("defense", "n", *columns, "remark"))
+    rows = []
+    for line in ours:
+        figures = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
+        told = (line.defense, str(len(line.rows)), *figures, line.remark or line.changed)
+        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in told))
+    return f"<table><tr>{head}{''.join(rows)}</table>"
+
+
+def scatter(
+    ours: Sequence[Line], x: str, y: str, x_name: str, y_name: str, colours: Mapping[str, str]
+) -> str:
+    """A dot for each defense, both axes 0..1, as SVG; nothing where no line has both figures."""
+    dots = []
+    for line in ours:
+        at, up = line.figure(x).mean, line.figure(y).mean
+        if at is None or up is None:
+            continue
+        left = MARGIN + at * (WIDTH - 2 * MARGIN)
+        top = HEIGHT - MARGIN - up * (HEIGHT - 2 * MARGIN)
+        told = html.escape(f"{line.defense}: {x_name} {at:.4f}, {y_name} {up:.4f}")
+        dots.append(
+            f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="{colours[line.defense]}" '
+            f'fill-opacity=".8"><title>{told}</title></circle>'
+            f'<text x="{left + 7:.1f}" y="{top + 4:.1f}" font-size="10">'
+            f"{html.escape(line.defense)}</text>"
+        )
+    return _svg(HEIGHT, [*_axes(x_name, y_name), *dots]) if dots else ""
+
+
+def _axes(x_name: str, y_name: str) -> list[str]:
+    right, bottom = WIDTH - MARGIN, HEIGHT - MARGIN
+    middle, centred = WIDTH / 2, 'font-size="12" text-anchor="middle"'
+    parts = [
+        f'<path d="M{MARGIN} {MARGIN}V{bottom}H{right}" fill="none" stroke="#555"/>',
+        f'<text x="{middle}" y="{HEIGHT - 8}" {centred}>{x_name}</text>',
+        f'<text x="{MARGIN}" y="{MARGIN - 12}" font-size="12">{y_name}</text>',
+    ]
+    for tick in (0.0, 0.5, 1.0):
+        left = MARGIN + tick * (right - MARGIN)
+        top = bottom - tick * (bottom - MARGIN)
+        parts += [
+            f'<text x="{left}" y="{bottom + 16}" font-size="10" text-anchor="middle">{tick:g}',
+            f'</text><text x="{MARGIN - 6}" y="{top + 4}" font-size="10" text-anchor="end">',
+            f"{tick:g}</text>",
+        ]
+    return parts
+
+
+def bars(ours: Sequence[Line], column: str, title: str, colours: Mapping[str, str]) -> str:
+    """A bar for each defense from 0 on, as SVG; nothing where no line has the figure."""
+    known = [(line, mean) for line in ours if (mean := line.figure(column).mean) is not None]
+    if not known:
+        return ""
+    most = max(mean for _, mean in known) or 1.0
+    parts = [f'<text x="4" y="16" font-size="12">{title}</text>']
+    for number, (line, mean) in enumerate(known):
+        top, left = 28 + number * BAR, 110
+        long = mean / most * (WIDTH - left - 60)
+        parts.append(
+            f'<text x="{left - 6}" y="{top + 12}" font-size="10" text-anchor="end">'
+            f'{html.escape(line.defense)}</text><rect x="{left}" y="{top}" width="{long:.1f}" '
+            f'height="{BAR - 5}" fill="{colours[line.defense]}"/>'
+            f'<text x="{left + long + 4:.1f}" y="{top + 12}" font-size="10">{mean:.2f}</text>'
+        )
+    return _svg(40 + len(known) * BAR, parts)
+
+
+def _svg(height: int, parts: Iterable[str]) -> str:
+    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
+
+
+def _at(row: Row, path: Sequence[str]) -> Any:
+    """A figure of a row; None where a part of it is missing."""
+    found: Any = row
+    for name in path:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _number(value: float | int | None) -> str:
+    return "" if value is None or not math.isfinite(value) else f"{value:.6g}"

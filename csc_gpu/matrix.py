@@ -1,0 +1,456 @@
+"""Attacks x defenses x data sets x rates x seeds: one JSON line for each, as it ends.
+
+A group is one poisoned corpus; its defenses share it, the clean images that some of them need, and
+the net of ordinary training, from which most of them start. The clean images are held out of the
+test part before the key is made, so that nobody is scored on them. Two rows of a table are no
+defenses, and the only ones that are handed the key: `oracle` removes exactly the poison, `random`
+as many rows at random; both then train anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from csc_gpu import attacks, csc, data, evaluate, pipeline, run, sources
+from csc_gpu.backend import Backend
+from csc_gpu.backend.doctor import describe
+from csc_gpu.checkpoint import NOWHERE, Checkpoints, Folder, Record
+from csc_gpu.config import flattened, override, read_toml, require
+from csc_gpu.data.holdout import held_out
+from csc_gpu.defenses import DEFENSES, RATE, RESERVE
+from csc_gpu.defenses.course import PLAIN, Course, verdict
+from csc_gpu.errors import ConfigError, CscError, Interrupted
+from csc_gpu.train import budget
+from csc_gpu.types import AnswerKey, Corpus, DefenderView, Log, Mask, Outcome, Split, quiet
+
+ORACLE, RANDOM = "oracle", "random"
+WATCHES = "csc"
+"""The defense that looks at its training, and so cannot start from a trained net."""
+SECONDS = "seconds"
+"""The record that tells how long ordinary training took."""
+ELSEWHERE = ("gpu.", "checkpoint.", "features.spill")
+"""Settings of the machine: they do not tell cells apart."""
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is to be compared: every combination."""
+
+    data: tuple[str, ...] = ("digits",)
+    """Sources, as for csc-gpu poison; NAME=SOURCE gives a source a name in the rows."""
+    attacks: tuple[str, ...] = ("none", "badnets", "blend")
+    """By name: csc-gpu attacks lists them."""
+    defenses: tuple[str, ...] = ("plain", "oracle", "random", "csc", "ac", "spectral")
+    """By name: csc-gpu defenses lists them; oracle and random besides."""
+    rates: tuple[float, ...] = (0.05,)
+    """Shares of all rows that are poisoned, for attacks that change labels."""
+    rates_of_target: tuple[float, ...] = (0.5,)
+    """Shares of the target's rows that are poisoned, for attacks that keep labels."""
+    targets: tuple[str, ...] = ("0",)
+    """The target of each seed, in turn."""
+    seeds: tuple[int, ...] = (0,)
+    """Of poisoning and training."""
+    reserve: float = 0.2
+    """Share of every class's held-out images that are kept as clean images for the defenses that
+    need some; nobody is scored on them."""
+    label_noise: float = 0.0
+    """Share of clean rows that get a false label."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """[settings]: of every defense, such as train.epochs = 10."""
+    defense: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """[defense.NAME]: of one defense."""
+    attack: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """[attack.NAME]: options of one attack."""
+
+    def __post_init__(self) -> None:
+        lists = ("data", "attacks", "defenses", "rates", "rates_of_target", "targets", "seeds")
+        require(self, "plan", "a list that is not empty", lambda items: len(items) > 0, *lists)
+        require(self, "plan", "in (0, 1)", lambda share: 0 < share < 1, "reserve")
+        for name in (*self.defenses, *self.defense):
+            if name not in (*DEFENSES, ORACLE, RANDOM):
+                known = ", ".join((*DEFENSES, ORACLE, RANDOM))
+                raise ConfigError(f"plan.defenses: unknown defense {name!r}; there are {known}")
+        for name in (*self.attacks, *self.attack):
+            if name not in attacks.ATTACKS:
+                known = ", ".join(attacks.ATTACKS)
+                raise ConfigError(f"plan.attacks: unknown attack {name!r}; there are {known}")
+
+
+TABLES = ("settings", "defense", "attack")
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a TOML file. Raises ConfigError for anything that it does not know."""
+    flat = read_toml(path)
+    tables: dict[str, Any] = {"settings": {}, "defense": {}, "attack": {}}
+    plain: dict[str, Any] = {}
+    for name, value in flat.items():
+        table, _, rest = name.partition(".")
+        if table == "settings":
+            tables[table][rest] = value
+        elif table in TABLES:
+            whose, _, setting = rest.partition(".")
+            tables[table].setdefault(whose, {})[setting] = value
+        else:
+            plain[name] = value
+    return replace(override(Plan(), plain), **tables)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One poisoned corpus."""
+
+    data: str  # its name in the rows
+    source: str
+    plan: attacks.Plan
+    options: tuple[tuple[str, Any], ...]
+    reserve: float
+
+    def settings(self) -> Any:
+        """The attack's. Raises ConfigError for an option that it does not have."""
+        options = tuple(f"{name}={json.dumps(value)}" for name, value in self.options)
+        return attacks.settings_of(self.plan.attack, options)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a row says of it."""
+        plan = self.plan
+        rate_of = "corpus" if plan.rate is not None else "target"
+        return {
+            "data": self.data,
+            "source": self.source,
+            "attack": plan.attack,
+            "rate": plan.rate if plan.rate is not None else plan.rate_of_target,
+            "rate_of": rate_of,
+            "target": plan.target,
+            "label_noise": plan.label_noise,
+            "seed": plan.seed,
+            "attack_options": dict(self.options),
+            "reserve": self.reserve,
+        }
+
+
+def groups(plan: Plan) -> Iterator[Group]:
+    """Every corpus to poison; an attack-free one once for all rates."""
+    for text in plan.data:
+        name, equals, source = text.partition("=")
+        for attack in plan.attacks:
+            keeps = attacks.ATTACKS[attack].labels == "clean"
+            rates = plan.rates_of_target if keeps else plan.rates
+            options = tuple(sorted(plan.attack.get(attack, {}).items()))
+            for rate in rates[:1] if attack == "none" else rates:
+                for number, seed in enumerate(plan.seeds):
+                    wanted = attacks.Plan(
+                        attack=attack,
+                        target=plan.targets[number % len(plan.targets)],
+                        rate=None if keeps else rate,
+                        rate_of_target=rate if keeps else None,
+                        label_noise=plan.label_noise,
+                        seed=seed,
+                    )
+                    yield Group(name, source if equals else name, wanted, options, plan.reserve)
+
+
+def changes_of(plan: Plan, defense: str, true_rate: float) -> dict[str, Any]:
+    """The settings of a defense that the plan gives, and the true rate, if it needs that."""
+    given = {**plan.settings, **plan.defense.get(defense, {})}
+    told = f"{defense}.{RATE}"
+    if defense in DEFENSES and RATE in DEFENSES[defense].needs and true_rate:
+        given = {told: true_rate, **given}
+    return given
+
+
+# --- the cells ----------------------------------------------------------------------------------
+
+
+def cells(
+    plan: Plan, out: Path, work: Path, backend: Backend, *, retry: bool = False, log: Log = quiet
+) -> Iterator[dict[str, Any]]:
+    """Run every cell that `out` has no line of, append its line, and yield it.
+
+    With `retry` those that failed are run again. Raises ConfigError before anything is run if a
+    defense or an attack refuses its settings.
+    """
+    wanted = list(groups(plan))
+    for group in wanted:
+        group.settings()
+    for defense in plan.defenses:
+        _settings(plan, defense, 0.0, backend)
+    done = {line["key"] for line in read_rows(out) if not (retry and line["error"])}
+    for group in wanted:
+        todo = [name for name in plan.defenses if _key(plan, group, name, backend) not in done]
+        if not todo:
+            continue
+        place = work / _digest(group.about | {"settings": _shared_settings(plan, backend)})
+        table: Table | str
+        try:
+            table = Table.laid(plan, group, place, backend, log)
+        except Interrupted:
+            raise
+        except Exception as fault:  # a line says so; the next group may do better
+            table = _told(fault)
+        for defense in sorted(todo, key=lambda name: name != WATCHES):  # its training serves all
+            line = _line(plan, group, defense, backend)
+            log("cell", **{name: line[name] for name in ("data", "attack", "seed", "defense")})
+            line |= {"error": table} if isinstance(table, str) else table.row(defense, log)
+            append(out, line)
+            yield line
+
+
+@dataclass(frozen=True)
+class Table:
+    """A poisoned corpus, its key, and what its defenses share."""
+
+    plan: Plan
+    group: Group
+    split: Split
+    key: AnswerKey
+    trusted: Corpus
+    folder: Folder
+    backend: Backend
+
+    @staticmethod
+    def laid(plan: Plan, group: Group, place: Path, backend: Backend, log: Log) -> Table:
+        """Load, hold the clean images out, and poison."""
+        common = _settings(plan, "plain", 0.0, backend)
+        split = sources.load(group.source, common.data, log=log)
+        is_kept = held_out(split.test.labels, group.reserve, common.data.holdout_seed)
+        trusted = split.test.take(np.flatnonzero(is_kept))
+        split = data.checked(
+            replace(split, test=split.test.take(np.flatnonzero(~is_kept))), group.data
+        )
+        trigger = attacks.ready(split, group.plan, group.settings(), backend, log)
+        poisoned, key = attacks.poison(split, trigger)
+        folder = Folder(place, minutes=common.checkpoint.minutes)
+        return Table(plan, group, poisoned, key, trusted, folder, backend)
+
+    def row(self, defense: str, log: Log) -> dict[str, Any]:
+        """What a defense does to this corpus; its error, if it fails."""
+        try:
+            return self._judged(defense, log)
+        except Interrupted:
+            raise
+        except Exception as fault:  # a line says so; the other cells go on
+            return {"error": _told(fault), "trace": traceback.format_exc().splitlines()[-6:]}
+
+    def _judged(self, defense: str, log: Log) -> dict[str, Any]:
+        key, seed, backend = self.key, self.group.plan.seed, self.backend
+        true_rate = float(key.is_poison.mean())
+        settings = _settings(self.plan, defense, true_rate, backend)
+        needs = DEFENSES[defense].needs if defense in DEFENSES else ("the key",)
+        view = DefenderView(self.split.train, self.trusted if RESERVE in needs else None)
+        shares = flattened(settings.train) == _shared_settings(self.plan, backend)
+        kept = Ordinary(self.folder, leads=defense == WATCHES) if shares else NOWHERE
+        how: dict[str, Any] = {"seed": seed, "log": log, "kept": kept}
+        if defense in DEFENSES:
+            outcome = DEFENSES[defense].run(view, settings, backend, **how)
+        else:
+            outcome = told_the_truth(defense, view, settings, backend, key.is_poison, **how)
+        if isinstance(kept, Ordinary) and kept.made and PLAIN in outcome.seconds:
+            self._tell_seconds(outcome.seconds[PLAIN])
+        before, plain_seconds = self._undefended(log)
+        seconds = dict(outcome.seconds)
+        if isinstance(kept, Ordinary) and kept.found:
+            seconds[PLAIN] = plain_seconds
+        spent = sum(seconds.values())
+        found, n_classes = outcome.segregation, outcome.n_classes
+
+        def scored(net: Any) -> evaluate.Score:
+            return evaluate.accuracy_and_attack(net, key, n_classes, backend)
+
+        return {
+            "needs": list(needs),
+            "told_rate": true_rate if RATE in needs else None,
+            "before": before,
+            "after": scored(outcome.model),
+            "recovered": scored(outcome.recovered.model) if outcome.recovered else None,
+            "detection": evaluate.detection(found.suspect, found.score, key) if found else None,
+            "notes": run.plain(found.notes) if found else None,
+            "seconds": {stage: round(took, 3) for stage, took in seconds.items()},
+            "seconds_in_all": round(spent, 3),
+            "plain_seconds": round(plain_seconds, 3),
+            "times_plain": round(spent / plain_seconds, 4) if plain_seconds else None,
+            "counts": dict(key.recipe["counts"]),
+            "rows": len(self.split.train),
+            "test_rows": len(key.test),
+            "reserve_rows": len(self.trusted),
+            "classes": n_classes,
+            "n_outputs": outcome.model.n_outputs,
+            "image_size": list(self.split.train.image_size),
+            "epochs": budget(len(self.split.train), settings.train).epochs,
+            "optimiser_steps": budget(len(self.split.train), settings.train).steps,
+            "settings": _telling(settings),
+        }
+
+    def _undefended(self, log: Log) -> tuple[evaluate.Score, float]:
+        """The score of ordinary training, and its seconds; it is trained if nobody did yet."""
+        settings = _settings(self.plan, "plain", 0.0, self.backend)
+        kept = Ordinary(self.folder)
+        view, seed = DefenderView(self.split.train), self.group.plan.seed
+        outcome = DEFENSES["plain"].run(view, settings, self.backend, seed=seed, log=log, kept=kept)
+        if not kept.found:
+            self._tell_seconds(outcome.seconds[PLAIN])
+        known = self.folder.load("score")
+        if known is None or not kept.found:
+            score = evaluate.accuracy_and_attack(
+                outcome.model, self.key, outcome.n_classes, self.backend
+            )
+            known = Record({}, {"score": run.plain(score)})
+            self.folder.save("score", lambda: known)
+        took = self.folder.load(SECONDS)
+        return known.facts["score"], float(took.facts[SECONDS]) if took else 0.0
+
+    def _tell_seconds(self, seconds: float) -> None:
+        self.folder.save(SECONDS, lambda: Record({}, {SECONDS: seconds}))
+
+
+class Ordinary:
+    """Checkpoints of ordinary training alone, shared by the defenses of a group.
+
+    One that `leads` looks at its training, so that it cannot take what is there; what it leaves
+    serves the others. Nothing else is kept.
+    """
+
+    def __init__(self, folder: Folder, *, leads: bool = False) -> None:
+        self._folder, self._leads = folder, leads
+        self.found = self.made = False
+
+    def load(self, name: str) -> Record | None:
+        """See Checkpoints."""
+        if self._leads or not name.startswith(f"{PLAIN}-"):
+            return None
+        if self._folder.load(SECONDS) is None:
+            return None  # it was cut off, and how long it took would not be known
+        record = self._folder.load(name)
+        self.found |= record is not None
+        return record
+
+    def save(self, name: str, told: Callable[[], Record]) -> None:
+        """See Checkpoints."""
+        if name.startswith(f"{PLAIN}-"):
+            self.made = True
+            self._folder.save(name, told)
+
+    def is_due(self) -> bool:
+        """See Checkpoints: epochs are enough."""
+        return False
+
+
+def told_the_truth(
+    name: str,
+    view: DefenderView,
+    settings: csc.Common,
+    backend: Backend,
+    poison: Mask,
+    *,
+    seed: int,
+    log: Log = quiet,
+    kept: Checkpoints = NOWHERE,
+) -> Outcome:
+    """Train anew without the poison (oracle), or without as many rows at random."""
+    course = Course(view, settings, backend, seed=seed, log=log, kept=kept)
+    removed = poison
+    if name == RANDOM:
+        rng = np.random.default_rng(seed)
+        removed = np.zeros(len(poison), bool)
+        removed[rng.choice(len(poison), int(poison.sum()), replace=False)] = True
+    found = verdict(removed, removed.astype(float), name)
+    return course.outcome(course.retrained(removed), None, found)
+
+
+# --- lines --------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file, none if it is not there; half a line at its end is cut off.
+
+    Raises CscError for a file that holds anything else.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        run.write_text(path, f"{whole}\n" if whole else "")
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if all("key" in line and "defense" in line for line in lines):
+            return lines
+    except (json.JSONDecodeError, TypeError) as fault:
+        raise ConfigError(f"{path} is no results file of csc-gpu matrix: {fault}") from fault
+    raise ConfigError(f"{path} is no results file of csc-gpu matrix: a line has no key")
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """One more line, on the disk when this returns."""
+    with run.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(run.plain(line), allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _line(plan: Plan, group: Group, defense: str, backend: Backend) -> dict[str, Any]:
+    """What a line says before anything is known."""
+    return {
+        "key": _key(plan, group, defense, backend),
+        **group.about,
+        "defense": defense,
+        "changed": changes_of(plan, defense, 0.0),
+        "error": None,
+        "backend": backend.name,
+        "machine": backend.machine,
+        "commit": run.commit(),
+        "versions": describe(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S"),
+    }
+
+
+def _key(plan: Plan, group: Group, defense: str, backend: Backend) -> str:
+    """Tells this cell from every other; a rate that is told follows from the corpus."""
+    settings = _telling(_settings(plan, defense, 0.0, backend))
+    return _digest({**group.about, "defense": defense, "settings": settings})
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    text = json.dumps(run.plain(about), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _settings(plan: Plan, defense: str, true_rate: float, backend: Backend) -> csc.Common:
+    """The settings of a defense, the net's name filled in."""
+    name = defense if defense in DEFENSES else "plain"
+    settings = pipeline.settings_of(name, changes_of(plan, defense, true_rate))
+    if not settings.train.model:
+        settings = override(settings, {"train.model": backend.usual_model})
+    return settings
+
+
+def _shared_settings(plan: Plan, backend: Backend) -> dict[str, Any]:
+    """How the shared net is trained."""
+    return flattened(_settings(plan, "plain", 0.0, backend).train)
+
+
+def _telling(settings: csc.Common) -> dict[str, Any]:
+    """The settings that a result depends on."""
+    flat = flattened(settings)
+    return {name: value for name, value in flat.items() if not name.startswith(ELSEWHERE)}
+
+
+def _told(fault: Exception) -> str:
+    kind = "" if isinstance(fault, CscError) else f"{type(fault).__name__}: "
+    return kind + " ".join(str(fault).split())

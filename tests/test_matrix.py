@@ -1,0 +1,322 @@
+"""The matrix: every combination once, what a group shares, what is kept apart, and what goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from csc_gpu import comparison, matrix
+from csc_gpu.backend import open_backend
+from csc_gpu.cli import cli
+from csc_gpu.defenses import DEFENSES, Entry
+from csc_gpu.errors import ConfigError, CorpusError, Terminated
+from csc_gpu.types import Corpus
+from tests.test_defenses import clean
+
+CPU = open_backend("cpu", 1)
+QUICK = {"train.model": "resnet8", "train.epochs": 1, "train.min_steps": 0, "train.batch": 32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Digits 0 to 3 as a file: 160 to train on, 80 held out."""
+    train, test = clean(0, 160), clean(160, 240)
+    path = tmp_path_factory.mktemp("source") / "few.npz"
+    arrays = {"x_train": train.images, "y_train": train.labels}
+    np.savez(path, **arrays, x_test=test.images, y_test=test.labels)
+    return path
+
+
+def plan_of(source, **changes):
+    usual = matrix.Plan(
+        data=(f"few={source}",),
+        attacks=("badnets",),
+        rates=(0.1,),
+        defenses=("plain", "oracle", "random", "spectral"),
+        reserve=0.25,
+        settings=QUICK,
+    )
+    return replace(usual, **changes)
+
+
+@pytest.fixture(scope="module")
+def ran(source, tmp_path_factory):
+    """A small matrix: its rows, the file, and the folder of work."""
+    place = tmp_path_factory.mktemp("ran")
+    out, work = place / "rows.jsonl", place / "work"
+    rows = list(matrix.cells(plan_of(source), out, work, CPU))
+    return rows, out, work
+
+
+def test_a_plan_is_every_combination_and_no_attack_is_there_once(tmp_path):
+    path = tmp_path / "plan.toml"
+    path.write_text(
+        'data = ["digits", "mine=some/where.npz"]\nattacks = ["none", "badnets", "sig"]\n'
+        'rates = [0.05, 0.1]\nrates_of_target = [0.5]\nseeds = [0, 1]\ntargets = ["3", "4"]\n'
+        'defenses = ["plain", "ac"]\n[settings]\ntrain.epochs = 3\n'
+        '[defense.ac]\nac.decide = "size"\n[attack.badnets]\nalpha = 0.5\n'
+    )
+    plan = matrix.read_plan(path)
+    assert plan.settings == {"train.epochs": 3}
+    assert matrix.changes_of(plan, "ac", 0.0) == {"train.epochs": 3, "ac.decide": "size"}
+    found = [group.about for group in matrix.groups(plan)]
+    assert len(found) == 2 * 2 * (1 + 2 + 1)
+    assert {(g["data"], g["source"]) for g in found} == {
+        ("digits", "digits"),
+        ("mine", "some/where.npz"),
+    }
+    assert {g["rate_of"] for g in found if g["attack"] == "sig"} == {"target"}
+    assert {(g["seed"], g["target"]) for g in found} == {(0, "3"), (1, "4")}
+    assert {str(g["attack_options"]) for g in found if g["attack"] == "sig"} == {"{}"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('defenses = ["magic"]', "magic"),
+        ('attacks = ["magic"]', "magic"),
+        ("seeds = []", "plan.seeds"),
+        ("reserve = 1.0", "plan.reserve"),
+        ("colour = 1", "colour"),
+        ("seeds = [0", "TOML"),
+    ],
+)
+def test_a_plan_that_means_nothing_is_refused(tmp_path, text, told):
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=told):
+        matrix.read_plan(path)
+
+
+def test_a_setting_that_a_defense_does_not_have_is_refused_before_anything_runs(source, tmp_path):
+    plan = plan_of(source, defense={"spectral": {"spectral.rat": 0.1}})
+    with pytest.raises(ConfigError, match=r"did you mean 'spectral\.rate'"):
+        next(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path, CPU))
+    plan = plan_of(source, attack={"badnets": {"colour": 1}})
+    with pytest.raises(ConfigError, match="colour"):
+        next(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path, CPU))
+
+
+def test_there_is_a_line_a_cell_with_its_scores_costs_and_settings(ran):
+    rows, out, _ = ran
+    assert [json.loads(line) for line in out.read_text().splitlines()] == json.loads(
+        json.dumps(rows)
+    )
+    assert [row["defense"] for row in rows] == ["plain", "oracle", "random", "spectral"]
+    for row in rows:
+        assert row["error"] is None
+        assert row["before"]["counts"]["acc"][1] == row["test_rows"]
+        assert row["plain_seconds"] > 0 and row["times_plain"] > 0
+        assert row["settings"]["train.epochs"] == 1 and "gpu.memory" not in row["settings"]
+        assert {"commit", "versions", "machine", "optimiser_steps"} <= set(row)
+    plain, oracle, random, spectral = rows
+    assert plain["before"] == plain["after"] and plain["detection"] is None
+    assert plain["times_plain"] == 1.0
+    assert (oracle["detection"]["tpr"], oracle["detection"]["fpr"]) == (1.0, 0.0)
+    flagged = [row["detection"]["counts"]["flagged"][0] for row in (oracle, random)]
+    assert flagged == [16, 16] and random["detection"]["tpr"] < 1
+    assert spectral["told_rate"] == 0.1 and spectral["settings"]["spectral.rate"] == 0.1
+    assert oracle["told_rate"] is None
+
+
+def test_clean_images_are_held_out_before_the_key_is_made(source, tmp_path):
+    seen = {}
+
+    def defend(view, settings, backend, *, seed, log, kept):
+        seen["reserve"] = view.trusted
+        return DEFENSES["plain"].run(view, settings, backend, seed=seed, log=log, kept=kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        curious = Entry(defend, DEFENSES["plain"].settings, "", needs=("reserve",))
+        patch.setitem(DEFENSES, "curious", curious)
+        patch.setattr(matrix.evaluate, "accuracy_and_attack", noting(seen))
+        plan = plan_of(source, defenses=("curious", "plain"))
+        rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path, CPU))
+    reserve: Corpus = seen["reserve"]
+    assert [row["reserve_rows"] for row in rows] == [len(reserve)] * 2  # alike for all defenses
+    assert len(reserve) + rows[0]["test_rows"] == 80
+    assert np.bincount(reserve.labels).tolist() == [5, 5, 5, 5]
+    given = {image.tobytes() for image in reserve.images}
+    assert not given & {image.tobytes() for image in seen["key"].test}
+
+
+def noting(seen):
+    def scored(net, key, n_classes, backend):
+        seen["key"] = key
+        return {"acc": 1.0}
+
+    return scored
+
+
+def test_ordinary_training_is_done_once_a_group(source, tmp_path):
+    steps = []
+
+    def log(event, **fields):
+        if event == "step":
+            steps.append(fields["stage"])
+
+    plan = plan_of(source, defenses=("plain", "spectral"))
+    rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU, log=log))
+    per_epoch = rows[0]["optimiser_steps"]
+    found = steps.count("train") - 2  # each that finds it trained sees the last step again
+    assert per_epoch <= found <= per_epoch + 1
+    assert rows[1]["seconds"]["train"] == rows[0]["plain_seconds"]
+    assert rows[1]["seconds_in_all"] > rows[1]["plain_seconds"]
+    apart = plan_of(source, defenses=("spectral",), defense={"spectral": {"train.lr": 0.01}})
+    before = len([stage for stage in steps if stage == "train"])
+    (row,) = matrix.cells(apart, tmp_path / "rows.jsonl", tmp_path / "w", CPU, log=log)
+    assert len([s for s in steps if s == "train"]) - before >= per_epoch  # trained by itself
+    assert row["before"] == rows[0]["before"]
+
+
+def test_what_csc_trains_serves_the_others_and_is_what_plain_trains(source, tmp_path):
+    quick = {"csc": {"watch.epochs": 1.0, "segregate.rule": "persistence"}}
+    plan = plan_of(source, defenses=("plain", "csc"), defense=quick)
+    rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU))
+    assert [row["defense"] for row in rows] == ["csc", "plain"]
+    alone = list(
+        matrix.cells(plan_of(source, defenses=("plain",)), tmp_path / "r2", tmp_path / "w2", CPU)
+    )
+    assert rows[1]["after"] == alone[0]["after"]
+    assert rows[1]["plain_seconds"] == rows[0]["seconds"]["train"]
+
+
+def test_what_is_done_is_not_done_again_and_half_a_line_is(ran, source, tmp_path):
+    rows, out, _ = ran
+    copy = tmp_path / "rows.jsonl"
+    text = out.read_text()
+    copy.write_text(text[:-40])  # the last line was cut off
+    again = list(matrix.cells(plan_of(source), copy, tmp_path / "w", CPU))
+    assert [row["defense"] for row in again] == ["spectral"]
+    assert again[0]["after"] == rows[-1]["after"]
+    assert list(matrix.cells(plan_of(source), copy, tmp_path / "w", CPU)) == []
+    assert len(copy.read_text().splitlines()) == 4
+
+
+def failing(times):
+    def defend(view, settings, backend, **how):
+        times.append(1)
+        raise ValueError("out of luck")
+
+    return Entry(defend, DEFENSES["plain"].settings, "")
+
+
+def test_a_failed_cell_is_a_line_with_its_error_and_the_others_go_on(source, tmp_path, monkeypatch):
+    times = []
+    monkeypatch.setitem(DEFENSES, "luckless", failing(times))
+    plan, out = plan_of(source, defenses=("luckless", "plain")), tmp_path / "rows.jsonl"
+    rows = list(matrix.cells(plan, out, tmp_path / "w", CPU))
+    assert rows[0]["error"] == "ValueError: out of luck" and rows[1]["error"] is None
+    assert any("out of luck" in line for line in rows[0]["trace"])
+    assert list(matrix.cells(plan, out, tmp_path / "w", CPU)) == []
+    assert len(list(matrix.cells(plan, out, tmp_path / "w", CPU, retry=True))) == 1
+    assert len(times) == 2
+    gone = plan_of("no/where.npz", defenses=("plain",))
+    lost = list(matrix.cells(gone, tmp_path / "lost.jsonl", tmp_path / "w", CPU))
+    assert "no/where.npz" in lost[0]["error"]
+
+
+def test_one_that_is_asked_to_stop_stops(source, tmp_path, monkeypatch):
+    def defend(view, settings, backend, **how):
+        raise Terminated("terminated")
+
+    monkeypatch.setitem(DEFENSES, "slow", Entry(defend, DEFENSES["plain"].settings, ""))
+    out = tmp_path / "rows.jsonl"
+    with pytest.raises(Terminated):
+        list(matrix.cells(plan_of(source, defenses=("slow",)), out, tmp_path / "w", CPU))
+    assert not out.exists()
+
+
+# ------------------------------------------------------------------------------------ comparison
+
+
+def made(defense="ac", seed=0, asr=0.1, **more):
+    row = {
+        "key": f"{defense}{seed}{more.get('attack', '')}", "data": "few", "attack": "badnets",
+        "rate": 0.1, "rate_of": "corpus", "label_noise": 0.0, "attack_options": {}, "seed": seed,
+        "defense": defense, "changed": {}, "error": None, "told_rate": None,
+        "before": {"acc": 0.9, "asr": 0.95}, "after": {"acc": 0.8, "asr": asr, "ra": 0.7},
+        "recovered": None, "detection": {"tpr": 0.5, "fpr": 0.25, "auroc": None},
+        "seconds_in_all": 30.0, "times_plain": 3.0, "settings": {"train.model": "resnet8"},
+        "versions": {"torch": "2"}, "machine": "m", "commit": "abc",
+    }  # fmt: skip
+    return row | more
+
+
+def test_figures_are_means_over_seeds_with_n_and_spread():
+    (line,) = comparison.lines([made(seed=0, asr=0.1), made(seed=1, asr=0.3)])
+    assert line.figure("asr").mean == pytest.approx(0.2)
+    assert line.figure("asr").spread == pytest.approx(0.2 / 2**0.5)
+    assert line.figure("asr").text(3) == "0.200 ± 0.141"
+    assert line.figure("auroc").text(3) == "-"
+    (single,) = comparison.lines([made()])
+    assert single.figure("asr").text(3) == "0.100"
+
+
+def test_rows_of_other_settings_attacks_and_defenses_are_not_averaged():
+    rows = [made(), made("scan"), made(attack="blend"), made(key="z", changed={"ac.dims": 6})]
+    assert len(comparison.lines(rows)) == 4
+
+
+def test_of_a_cell_that_was_run_again_the_last_row_counts():
+    (line,) = comparison.lines([made(error="no luck"), made(asr=0.4)])
+    assert line.figure("asr").values == (0.4,) and not line.failed
+
+
+def test_an_attack_that_did_not_take_hold_and_a_failure_are_said():
+    weak = made(before={"acc": 0.9, "asr": 0.2})
+    assert comparison.NOT_TAKEN in comparison.lines([weak])[0].remark
+    failed = {k: v for k, v in made(error="no luck").items() if k not in ("before", "after")}
+    (line,) = comparison.lines([failed, made(seed=1)])
+    assert "no luck" in line.remark and len(line.rows) == 1
+    assert comparison.lines([made(told_rate=0.1)])[0].defense == "ac*"
+
+
+def test_the_page_is_whole_and_its_plots_hold_every_defense(tmp_path):
+    rows = [made(), made("a<b"), made("scan", detection=None), made(attack="none", asr=None)]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = comparison.write(source, tmp_path / "out")
+    assert [path.name for path in paths] == ["table.md", "table.csv", "table.html"]
+    page = paths[2].read_text()
+    assert "<script" not in page and "src=" not in page and "href=" not in page
+    assert "a&lt;b" in page and "a<b" not in page
+    plots = [part.partition("</svg>")[0] + "</svg>" for part in page.split("<svg")[1:]]
+    drawn = [ElementTree.fromstring(f"<svg{plot}") for plot in plots]
+    circles = [len(list(plot.iter("{http://www.w3.org/2000/svg}circle"))) for plot in drawn]
+    assert circles == [3, 2, 0, 1, 0]  # asr, detection, cost; without attack detection and cost
+    table = list(csv.DictReader(paths[1].read_text().splitlines()))
+    assert [row["defense"] for row in table] == ["ac", "a<b", "scan", "ac"]
+    assert table[0]["asr"] == "0.1" and table[0]["asr sd"] == "" and table[0]["asr n"] == "1"
+    assert "### few, badnets 0.1" in paths[0].read_text()
+
+
+def test_a_file_without_rows_or_with_others_is_refused(tmp_path):
+    with pytest.raises(CorpusError, match="no rows"):
+        comparison.write(tmp_path / "none.jsonl", tmp_path / "out")
+    strange = tmp_path / "strange.jsonl"
+    strange.write_text('{"a": 1}\n')
+    with pytest.raises(ConfigError, match="no results file"):
+        comparison.write(strange, tmp_path / "out")
+
+
+def test_the_commands_run_a_plan_and_make_its_tables(source, tmp_path):
+    plan = tmp_path / "plan.toml"
+    told = "".join(f"{name} = {json.dumps(value)}\n" for name, value in QUICK.items())
+    plan.write_text(
+        f'data = ["few={source}"]\nattacks = ["badnets"]\ndefenses = ["plain"]\n[settings]\n{told}'
+    )
+    words = ["matrix", plan, "--out", tmp_path / "rows.jsonl", "--cpu", "--threads", 1]
+    done = CliRunner().invoke(cli, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("few badnets 0.05 seed 0 plain: asr before")
+    words = ["compare", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
+    done = CliRunner().invoke(cli, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "out" / "table.html").exists()
