@@ -192,8 +192,7 @@ def contrast(settings: Decoupling, course: Course) -> Objective:
     """SimCLR: of all views in the batch, which shows the same image?"""
 
     def objective(forward: Forward, batch: Batch, step: int) -> Tensor:
-        dice = torch.Generator(batch.images.device)
-        dice.manual_seed(int(np.random.SeedSequence((course.seed, step)).generate_state(1)[0]))
+        dice = torch.Generator(batch.images.device).manual_seed(course.seed_at(step))
         shown = [a_view(batch.images, settings.least_crop, dice) for _ in range(2)]
         return nt_xent(forward(torch.cat(shown)), settings.self_temperature)
 

@@ -16,7 +16,6 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -93,7 +92,7 @@ def shaping(
         return private
 
     def objective(forward: Forward, batch: Batch, step: int) -> Tensor:
-        dice.manual_seed(int(np.random.SeedSequence((course.seed, step)).generate_state(1)[0]))
+        dice.manual_seed(course.seed_at(step))
         # contiguous, for gradients by image are; with a gradient, or the hooks of Opacus warn
         images = batch.images.contiguous().requires_grad_()
         # in one precision: Opacus multiplies what it caught on the way there and on the way back

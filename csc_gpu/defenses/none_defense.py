@@ -174,7 +174,7 @@ def compromise(values: Array, share: Array, settings: Neurons, xp: Any) -> Array
 @torch.no_grad()
 def reset(layer: Layer, channels: NDArray[np.int64]) -> None:
     """Silence these channels: filter, scale and shift are zero."""
-    for weight in (layer.convolution.weight, layer.norm.weight, layer.norm.bias):
+    for weight in (layer.convolution.weight, *layer.norm.parameters()):
         weight[torch.from_numpy(channels).to(weight.device)] = 0.0
 
 
