@@ -2,6 +2,8 @@
 
 `resnet18` is He et al. 2016 (arXiv 1512.03385) with its usual stem for large images and a 3x3 one
 up to 64 px, 512 features. `resnet8` is a small net of the same blocks for the CPU, 128 features.
+`-group` behind a name stands for group norm (Wu and He 2018, arXiv 1803.08494) instead of batch
+norm: an image is normalised by itself.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from csc_gpu.errors import ConfigError
 
 SMALL_IMAGE = 64
 """Up to this height ResNet-18 takes the 3x3 stem without pooling, in pixels."""
+GROUP = 16
+"""Channels that group norm takes together."""
+WITH_GROUPS = "-group"
 
 
 class Net(nn.Module):
@@ -27,6 +32,7 @@ class Net(nn.Module):
         super().__init__()
         self.features = features
         self.head = nn.Linear(n_features, n_outputs)
+        self.name = ""  # in MODELS
 
     @property
     def n_features(self) -> int:
@@ -99,9 +105,31 @@ class Entry:
     epochs: int  # passes over the corpus, if train.epochs is 0
 
 
+def grouped(build: Callable[[int, int], Net]) -> Callable[[int, int], Net]:
+    """The same net with group norm for batch norm."""
+
+    def built(n_outputs: int, size: int) -> Net:
+        net = build(n_outputs, size)
+        for part in list(net.modules()):
+            for name, child in list(part.named_children()):
+                if isinstance(child, nn.BatchNorm2d):
+                    width = child.num_features
+                    setattr(part, name, nn.GroupNorm(max(1, width // GROUP), width))
+        return net
+
+    return built
+
+
+def with_group_norm(name: str) -> str:
+    """The name of the net with group norm; its own, if it has that already."""
+    return name.removesuffix(WITH_GROUPS) + WITH_GROUPS
+
+
 MODELS: dict[str, Entry] = {
     "resnet8": Entry(resnet8, epochs=10),
     "resnet18": Entry(resnet18, epochs=100),
+    "resnet8-group": Entry(grouped(resnet8), epochs=10),
+    "resnet18-group": Entry(grouped(resnet18), epochs=100),
 }
 
 
@@ -115,6 +143,7 @@ def new_model(name: str, n_outputs: int, size: int, *, seed: int) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = chosen.build(n_outputs, size)
+    model.name = name
     return model.to(memory_format=torch.channels_last)
 
 

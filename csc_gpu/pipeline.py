@@ -524,7 +524,7 @@ def save_outcome(
     backend: Backend,
 ) -> None:
     """Models, suspects, features and, last, the summary."""
-    corpus, name = split.train, settings.train.model
+    corpus, name = split.train, outcome.model.name
     if outcome.undefended is not None:
         run.save_model(folder / "undefended.safetensors", outcome.undefended, name, corpus)
     run.save_model(folder / "model.safetensors", outcome.model, name, corpus)
@@ -571,7 +571,7 @@ def summarise(
         "evidence_counts": {name: [rate.hits, rate.of] for name, rate in rates.items()},
         "segregation": dict(told.notes) if told else {},
         "poison_score": "0..1, higher is more suspect; suspects score .5 and above",
-        "model": settings.train.model,
+        "model": outcome.model.name,
         "n_classes": outcome.n_classes,
         "n_outputs": outcome.model.n_outputs,
         "recovered_without": int(outcome.recovered.without.sum()) if outcome.recovered else None,

@@ -35,7 +35,7 @@ class Settings:
 
     model: str = ""
     """resnet8, resnet18, timm:NAME or torchvision:NAME; empty: resnet8 with --cpu, resnet18 on a
-    GPU."""
+    GPU. resnet8-group and resnet18-group have group norm instead of batch norm."""
     init: str = ""
     """Weights to start from (.safetensors): of such a net, its head if it has as many outputs. The
     nets of the check and of --recover start there, too: weights that know the trigger keep it."""

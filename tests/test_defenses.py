@@ -47,6 +47,17 @@ SHORT: dict[str, dict[str, Any]] = {
         "d_st.batch": 64,
         "d_st.head_epochs": 2,
     },
+    "nad": {"nad.teacher_epochs": 1, "nad.epochs": 2, "nad.min_steps": 0},
+    "nc": {"nc.epochs": 2, "nc.unlearn_epochs": 2, "nc.index": 0.5},
+    "dbd": {
+        "dbd.self_epochs": 1,
+        "dbd.self_batch": 64,
+        "dbd.head_epochs": 1,
+        "dbd.semi_epochs": 1,
+        "dbd.iterations": 4,
+        "dbd.semi_batch": 32,
+    },
+    "none-defense": {"none_defense.epochs": 1},
 }
 """Settings that make a defense's own trainings short enough for a test, by name."""
 

@@ -42,6 +42,7 @@ ROOMS = {
     "nvidia.dali": {"backend/loader.py"},
     "sklearn.cluster": {"backend/cpu.py"},
     "sklearn.neighbors": {"backend/cpu.py"},
+    "opacus": {"defenses/dp_sgd.py"},
     "click": {"cli.py"},
     "tqdm": {"progress.py"},
     "onnx": {"export.py"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import numpy as np
@@ -10,14 +11,14 @@ import torch
 
 from csc_gpu.backend import open_backend
 from csc_gpu.errors import ConfigError
-from csc_gpu.models import MODELS, new_model
+from csc_gpu.models import MODELS, new_model, with_group_norm
 
 open_backend("cpu", 1)
 
 SIZES = (8, 28, 32, 64, 224)
-N_FEATURES = {"resnet8": 128, "resnet18": 512}
+N_FEATURES = {"resnet8": 128, "resnet18": 512, "resnet8-group": 128, "resnet18-group": 512}
 # resnet18 does the work of a hundred resnet8: one image where it is large
-CASES = [(name, size, 1 if name == "resnet18" else 2) for name in MODELS for size in SIZES]
+CASES = [(name, size, 1 if "18" in name else 2) for name in MODELS for size in SIZES]
 
 
 def images(count: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -114,3 +115,16 @@ def test_weights_are_channels_last(name: str):
 def test_an_unknown_net_is_refused_with_the_names_there_are():
     with pytest.raises(ConfigError, match="unknown model 'resnet9'; there are resnet8, resnet18"):
         new_model("resnet9", 3, 8, seed=0)
+
+
+@torch.inference_mode()
+def test_with_group_norm_an_image_is_judged_alone_in_training_too():
+    model = new_model("resnet8-group", 3, 16, seed=0).train()
+    batch = images(3, 16)
+    torch.testing.assert_close(model(batch)[:1], model(batch[:1]), rtol=1e-4, atol=1e-5)
+    assert not [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm2d)]
+    assert with_group_norm("resnet8") == with_group_norm(model.name) == "resnet8-group"
+
+
+def test_a_net_keeps_its_name():
+    assert copy.deepcopy(new_model("resnet8", 3, 8, seed=0)).name == "resnet8"

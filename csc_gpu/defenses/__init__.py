@@ -10,7 +10,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from csc_gpu import csc
-from csc_gpu.defenses import abl, ac, ct, d_br, d_st, plain, scan, spectral, spectre, strip
+from csc_gpu.defenses import (
+    abl,
+    ac,
+    ct,
+    d_br,
+    d_st,
+    dbd,
+    dp_sgd,
+    nad,
+    nc,
+    none_defense,
+    plain,
+    scan,
+    spectral,
+    spectre,
+    strip,
+)
 from csc_gpu.types import Outcome, Segregation
 
 RESERVE, RATE = "reserve", "rate"
@@ -65,4 +81,21 @@ DEFENSES: dict[str, Entry] = {
     "abl": Entry(abl.defend, abl.Settings, "Anti-Backdoor Learning, arXiv 2110.11571"),
     "d-br": Entry(d_br.defend, d_br.Settings, "Effective Backdoor Defense, removal, NeurIPS 2022"),
     "d-st": Entry(d_st.defend, d_st.Settings, "Effective Backdoor Defense, training, NeurIPS 2022"),
+    "nad": Entry(
+        nad.defend,
+        nad.Settings,
+        "Neural Attention Distillation, arXiv 2101.05930",
+        needs=(RESERVE,),
+    ),
+    "nc": Entry(
+        nc.defend,
+        nc.Settings,
+        "Neural Cleanse with unlearning, IEEE S&P 2019",
+        needs=(RESERVE,),
+    ),
+    "none-defense": Entry(none_defense.defend, none_defense.Settings, "NONE, arXiv 2202.06382"),
+    "dp-sgd": Entry(
+        dp_sgd.defend, dp_sgd.Settings, "DP-SGD, gradient shaping, arXiv 2002.11497; uses Opacus"
+    ),
+    "dbd": Entry(dbd.defend, dbd.Settings, "Decoupling-based Backdoor Defense, arXiv 2202.03423"),
 }

@@ -61,6 +61,10 @@ class Course:
         """An untrained net; `again` tells those of one run apart."""
         return csc.fresh_model(self.corpus, self.settings, self.backend, seed=self.seed + again)
 
+    def seed_at(self, step: int) -> int:
+        """What a training draws from at one of its steps, the same when it is resumed."""
+        return int(np.random.SeedSequence((self.seed, step)).generate_state(1)[0])
+
     def trained(
         self,
         name: str = PLAIN,
