@@ -147,15 +147,21 @@ def new_model(name: str, n_outputs: int, size: int, *, seed: int) -> Net:
     return model.to(memory_format=torch.channels_last)
 
 
-def entry(name: str) -> Entry:
-    """The net of this name: one of MODELS, or timm:NAME or torchvision:NAME."""
+def is_known(name: str) -> bool:
+    """Whether a net may have this name; of a library's it is not looked up."""
     from csc_gpu import borrowed  # late, for it makes nets of ours
 
-    if name in MODELS:
-        return MODELS[name]
-    if name.partition(":")[0] in borrowed.LIBRARIES and ":" in name:
-        return Entry(partial(borrowed.build, name), borrowed.EPOCHS)
-    raise ConfigError(f"unknown model {name!r}; there are {KNOWN}")
+    library, colon, _ = name.partition(":")
+    return name in MODELS or bool(colon and library in borrowed.LIBRARIES)
+
+
+def entry(name: str) -> Entry:
+    """The net of this name: one of MODELS, or timm:NAME or torchvision:NAME."""
+    from csc_gpu import borrowed
+
+    if not is_known(name):
+        raise ConfigError(f"unknown model {name!r}; there are {KNOWN}")
+    return MODELS.get(name) or Entry(partial(borrowed.build, name), borrowed.EPOCHS)
 
 
 def _stem3x3(width: int) -> list[nn.Module]:

@@ -25,7 +25,7 @@ from csc_gpu.backend.ranks import Forward
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, fingerprint
 from csc_gpu.config import require
 from csc_gpu.errors import CorpusError
-from csc_gpu.models import entry
+from csc_gpu.models import KNOWN, entry, is_known
 from csc_gpu.types import Corpus
 
 
@@ -59,8 +59,8 @@ class Settings:
     """Mirror images at random; for pictures whose mirror image has the same label."""
 
     def __post_init__(self) -> None:
-        if self.model:
-            entry(self.model)  # raises ConfigError
+        chosen = f"one of {KNOWN}"
+        require(self, "train", chosen, lambda name: not name or is_known(name), "model")
         require(self, "train", "4 or more", lambda rows: rows >= 4, "batch")
         require(self, "train", "above 0", lambda value: 0 < value < math.inf, "lr")
         positive = ("epochs", "min_steps", "weight_decay", "warmup")
