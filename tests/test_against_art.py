@@ -46,7 +46,9 @@ def test_signatures_flag_the_rows_that_art_flags(art):
     """ART projects features that are not centred, and takes its rate of each class."""
     changes = {"spectral.centred": False, "spectral.unit": "class"}
     changes |= {"spectral.rate": float(art["rate_in_class"])}
-    told = spectral.judge(art["features"], art["labels"], override(spectral.Settings(), changes), CPU)
+    told = spectral.judge(
+        art["features"], art["labels"], override(spectral.Settings(), changes), CPU
+    )
     differ = told.suspect != art["spectral"]
     # ART removes what lies above a quantile, we a whole number of rows: one row of each class
     for label in np.unique(art["labels"]):
