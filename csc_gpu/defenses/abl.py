@@ -6,7 +6,8 @@ isolated rows by gradient ascent. Isolation is meant to be pure, not complete: w
 share of the rows that is set beforehand, clean corpus or not.
 
 The schedule is the paper's for CIFAR-10, 100 epochs; the authors' code isolates for 10 and unlearns
-for 5. Left out: Cutout in the second stage, where augmentation is that of every defense.
+for 5. Added: a least number of steps of ascent, for small corpora. Left out: Cutout in the second
+stage, where augmentation is that of every defense.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ class Isolation:
     """Epochs on the rows that are left."""
     unlearning: int = 20
     """Epochs of ascent on the isolated rows; no augmentation."""
+    unlearning_steps: int = 80
+    """Fewest steps of the ascent, as many as 500 rows take in 20 epochs: where few rows are
+    isolated, it lasts more epochs."""
     lr: float = 0.1
     """Learning rate while isolating and tuning."""
     falls_at: int = 40
@@ -63,7 +67,8 @@ class Isolation:
         require(self, "abl", "1 or more", lambda n: n >= 1, "isolating", "tuning", "unlearning")
         above = ("gamma", "lr", "unlearning_lr")
         require(self, "abl", "above 0", lambda value: 0 < value < 1e6, *above)
-        require(self, "abl", "0 or more", lambda v: 0 <= v < 1e6, "falls_at", "weight_decay")
+        none = ("falls_at", "weight_decay", "unlearning_steps")
+        require(self, "abl", "0 or more", lambda v: 0 <= v < 1e6, *none)
         require(self, "abl", "in [0, 1)", lambda share: 0 <= share < 1, "momentum")
 
 
@@ -108,7 +113,7 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
         again=2,
         epochs=chosen.unlearning,
         lr=chosen.unlearning_lr,
-        **still,
+        **still | {"min_steps": chosen.unlearning_steps},
     )
     found = verdict(isolated, -losses, "abl", {"hold": chosen.hold, "share": chosen.share})
     return course.outcome(model, None, found)
