@@ -86,7 +86,8 @@ class Shared(Corner):
 
 
 @pytest.mark.parametrize(
-    ("share", "trigger", "halves"), [(0.3, 1.0, 0.0), (0.45, 1.0, 0.0), (0.6, 0.0, 0.0)]
+    ("share", "trigger", "halves"),
+    [(0.3, 1.0, 0.0), (0.45, 1.0, 0.0), (0.5, 0.0, 0.0), (0.6, 0.0, 0.0)],
 )
 def test_images_that_have_the_label_anyway_say_nothing_of_a_pattern(share, trigger, halves):
     corpus, rows = stamped_corpus()

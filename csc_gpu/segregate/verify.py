@@ -381,9 +381,7 @@ def candidates(
     xp, ours = backend.xp, labels == label
     mine: Mask = core & ours
     for clusters in reversed(last.clusterings):
-        home = int(home_of(clusters, xp)[label])
-        if home < 0:
-            continue
+        home = int(home_of(clusters, xp)[label])  # -1 where all are noise: then none is away
         away = _unpacked(xp.packbits(clusters.of_row != home), len(labels), backend)
         if away[mine].mean() >= OUTSIDE:
             outside: Mask = mine | (ours & away)

@@ -1,0 +1,299 @@
+"""Which rows of a label are asked against which, what a trigger is, and who is held for poison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from csc_gpu.backend import open_backend
+from csc_gpu.segregate import Settings
+from csc_gpu.segregate.kin import Kin, coherent
+from csc_gpu.segregate.verify import (
+    Case,
+    Court,
+    Group,
+    Word,
+    candidates,
+    firm_rows,
+    opened,
+    searched,
+    verify,
+)
+from csc_gpu.types import Clusters, Sighting
+from tests.worlds import oracle, world
+
+CPU = open_backend("cpu", 1)
+ROW = np.arange(200)
+LABELS = np.where(ROW < 100, 0, 1)
+OURS, NOBODY = LABELS == 0, np.zeros(200, bool)
+
+
+def rows(first, end):
+    """The rows from the first to before the end, as a mask. (N,)"""
+    return np.isin(ROW, range(first, end))
+
+
+CORE = rows(0, 20)
+
+
+@dataclass
+class Answers:
+    """A witness that gives these answers one after the other; the last one again and again."""
+
+    answers: list[float]
+    asked: list[tuple] = field(default_factory=list)
+
+    def points(self):
+        return np.ones((200, 2), np.float32)
+
+    def transfers(self, group, rest, label):
+        self.asked.append((group, rest))
+        return self.answers[min(len(self.asked), len(self.answers)) - 1]
+
+
+class Plain(Court):
+    """A court whose probe is told by hand: the last row of label 0 is kin, even rows are alike."""
+
+    def kin(self, label, core):
+        return core | (ROW == 99)
+
+    def coherent(self, label, group):
+        return Kin(group & (ROW % 2 == 0), np.zeros(200, np.float32))
+
+
+def sighting(*homes, stray=NOBODY):
+    """A snapshot at several scales; homes (N,) int say the cluster of every row, -1 for noise."""
+    scales = []
+    for number, home in enumerate(homes):
+        held = np.zeros((home.max() + 1, 2), np.int64)
+        np.add.at(held, (home[home >= 0], LABELS[home >= 0]), 1)
+        scales.append(Clusters(home, held.sum(axis=1), held, np.ones(len(held)), 1.0, number / 10))
+    return Sighting(1.0, tuple(scales), 8, stray)
+
+
+def court(*sightings, answers=(0.0,)):
+    """A court of these snapshots, and the witness that answers it."""
+    witness = Answers(list(answers))
+    seen = sightings or (sighting(),)
+    return Plain(LABELS, seen, witness.points(), witness, Settings(), CPU), witness
+
+
+def assert_rows(group, chosen, rest):
+    np.testing.assert_array_equal(group.rows, chosen)
+    np.testing.assert_array_equal(group.rest, rest)
+
+
+# ---------------------------------------------------------------------------- the groups of a label
+
+
+@pytest.mark.parametrize("at_home", [8, 7])
+def test_a_core_is_compared_with_its_labels_home_or_if_that_is_too_small_with_all_others(at_home):
+    """The core lies in ten islands of two; beside them are a small home and rows that are noise."""
+    is_home = rows(20, 20 + at_home)
+    of_row = np.select([CORE, is_home], [1 + ROW // 2, 0], -1)
+    judges, witness = court(sighting(of_row), answers=[0.3, 0.7])
+    group = judges.core(0, CORE | (ROW == 150))  # a row of another label is none of its core
+    assert_rows(group, CORE, is_home if at_home == 8 else OURS & ~CORE)
+    assert group.commands == 0.7  # the better way round
+    assert_rows(Group("core", *witness.asked[1], 0.0), group.rest, CORE)
+
+
+def test_nobody_is_asked_about_a_core_that_is_all_of_its_label():
+    judges, witness = court(answers=[1.0])
+    assert judges.core(0, OURS).commands == 0.0
+    assert witness.asked == judges.answers == []
+
+
+def test_home_is_looked_up_at_the_coarsest_scale_at_which_the_core_lies_outside_it():
+    noise = np.full(200, -1)
+    fine = np.where(rows(20, 40), 0, -1)
+    coarse = np.where(rows(20, 80), 0, -1)
+    coarse[:4] = 0  # four fifths of the core are outside still
+    closer = np.where(rows(0, 5), 0, coarse)
+    together = np.where(rows(0, 80), 0, -1)
+
+    def found(*homes):
+        return np.flatnonzero(candidates(sighting(*homes), LABELS, CORE, 0, CPU)).tolist()
+
+    both = [*range(20), *range(80, 100)]
+    assert found(fine, coarse, together, noise) == both
+    assert found(fine, closer, together) == [*range(20), *range(40, 100)]
+    assert found(together, noise) == list(range(20))  # nowhere: the core alone
+    assert found() == list(range(20))
+
+
+def test_strays_are_those_of_the_two_earliest_snapshots_in_which_most_of_the_label_is_at_home():
+    first = [60, 50, 7, 8, 30]  # so many rows of label 0 stray, and some of label 1
+    seen = [sighting(stray=rows(0, n) | rows(150, 200)) for n in first]
+    judges, witness = court(*seen, answers=[0.2, 0.4])
+    one, two = judges.strays(0)
+    assert_rows(one, rows(0, 50), rows(50, 100))
+    assert_rows(two, rows(0, 8), rows(8, 100))
+    assert [(group.kind, group.commands) for group in (one, two)] == [
+        ("strays", 0.2),
+        ("strays", 0.4),
+    ]
+    assert len(witness.asked) == 2  # strays are a mixture: one way round tells
+
+
+class Table:
+    """A court in which the best patterns of some labels are known."""
+
+    def __init__(self, **commands):
+        self.table = {int(name[1:]): found for name, found in commands.items()}
+        self.labels = np.repeat(list(self.table), 3)
+
+    def strays(self, label):
+        return [Group("strays", NOBODY, NOBODY, share) for share in self.table[label][1:]]
+
+    def halves(self, label):
+        return [Group("halves", NOBODY, NOBODY, share) for share in self.table[label][:1]]
+
+
+def test_the_limit_of_a_label_lies_above_what_three_quarters_of_the_other_labels_reach():
+    groups, limits = searched(Table(y0=[0.1, 0.9], y1=[0.3, 0.1], y2=[0.4], y3=[0.2], y4=[0.35]))
+    assert {y: [group.commands for group in found] for y, found in groups.items()} == {
+        0: [0.9, 0.1],
+        1: [0.1, 0.3],
+        2: [0.4],
+        3: [0.2],
+        4: [0.35],
+    }
+    # the others reach .2 .3 .35 .4 (a quarter of the way from .35 to .4), and with .9 more
+    assert limits == pytest.approx({0: 0.6625, 1: 0.8, 2: 0.7875, 3: 0.8, 4: 0.8})
+
+
+def test_what_a_label_itself_reaches_does_not_raise_its_limit():
+    _, limits = searched(Table(y0=[0.9], y1=[0.3]))
+    assert limits == pytest.approx({0: 0.6, 1: 0.8})
+
+
+def test_labels_too_small_to_be_asked_do_not_lower_the_limit_of_the_others():
+    _, limits = searched(Table(y0=[0.9], y1=[0.3], y2=[], y3=[]))
+    assert limits == pytest.approx({0: 0.6, 1: 0.8, 2: 0.8, 3: 0.8})
+
+
+def test_where_no_other_label_can_be_asked_the_lowest_limit_holds():
+    assert searched(Table(y0=[0.9], y1=[]))[1] == {0: 0.5, 1: 0.8}
+    assert searched(Table(y0=[]))[1] == {0: 0.5}
+
+
+# ----------------------------------------------------------------------- what is held for poison
+
+
+def group(kind, most, first_of_rest, commands, alone=()):
+    """The rows of label 0 before `most` against those from `first_of_rest` on."""
+    return Group(kind, rows(0, most), rows(first_of_rest, 100), commands, alone)
+
+
+def test_a_core_that_a_trigger_explains_goes_before_a_mixed_group_that_commands_more():
+    judges, _ = court()
+    tried = [
+        group("core", 20, 60, 0.7, (0.91234, 0.1)),
+        group("strays", 40, 40, 0.9, (0.8, 0.2)),
+    ]
+    case = opened(judges, 0, tried, list(tried), 0.61234)
+    np.testing.assert_array_equal(case.poison, CORE | (ROW == 99))  # as it is, and its kin
+    np.testing.assert_array_equal(case.candidates, rows(0, 60) | (ROW == 99))
+    assert (case.label, case.is_commanded, case.limit) == (0, True, 0.61234)
+    assert case.commands == 0.9  # of all triggers
+    assert case.told == {
+        "label": 0,
+        "commands": [["core", 0.7], ["strays", 0.9]],
+        "limit": 0.612,
+        "trigger": True,
+        "chosen": "core",
+        "alone": [0.912, 0.1],
+        "rows": 20,
+        "grown": 21,
+    }
+
+
+def test_of_mixed_groups_the_one_that_commands_most_is_held_for_what_it_has_in_common():
+    judges, _ = court()
+    tried = [
+        group("core", 20, 60, 0.3),
+        group("strays", 40, 40, 0.7, (0.8, 0.2)),
+        group("halves", 30, 30, 0.9, (0.7, 0.3)),
+    ]
+    case = opened(judges, 0, tried, [None, *tried[1:]], 0.6)
+    assert (case.told["chosen"], case.told["alone"]) == ("halves", [0.7, 0.3])
+    np.testing.assert_array_equal(case.poison, (rows(0, 30) & (ROW % 2 == 0)) | (ROW == 99))
+    np.testing.assert_array_equal(case.candidates, rows(0, 30) | (ROW == 99))
+
+
+@pytest.mark.parametrize(("home_from", "left_out"), [(50, 50), (51, 20)])
+def test_without_a_trigger_the_core_awaits_the_check_and_most_of_its_label_is_learnt(
+    home_from, left_out
+):
+    judges, _ = court()
+    tried = [group("core", 20, home_from, 0.3), group("halves", 40, 40, 0.4)]
+    case = opened(judges, 0, tried, [None, None], 0.6)
+    assert not case.is_commanded and case.commands == 0.0 and case.told["alone"] == []
+    np.testing.assert_array_equal(case.poison, CORE)
+    np.testing.assert_array_equal(case.candidates, rows(0, left_out))
+
+
+@pytest.mark.parametrize(("commands", "most"), [(0.6, 30), (0.59, 20)])
+def test_rows_that_the_check_adds_are_tried_against_rows_of_the_label_that_it_leaves(
+    commands, most
+):
+    judges, witness = court(answers=[commands])
+    case = Case(0, CORE, CORE, True, 0.9, 0.6, {})
+    firm = firm_rows(judges, case, Word(rows(0, 30), NOBODY))
+    np.testing.assert_array_equal(firm, rows(0, most))
+    ((added, rest),) = witness.asked
+    assert_rows(Group("added", added, rest, 0.0), rows(20, 30), rows(30, 100))
+    assert case.told["added"] == [10, commands]
+
+
+def test_nobody_is_asked_where_the_check_adds_nothing_or_no_trigger_was_found():
+    judges, witness = court(answers=[1.0])
+    explained, unexplained = (Case(0, CORE, CORE, known, 0.9, 0.6, {}) for known in (True, False))
+    np.testing.assert_array_equal(firm_rows(judges, explained, Word(rows(0, 10), NOBODY)), CORE)
+    assert not firm_rows(judges, unexplained, Word(rows(0, 30), NOBODY)).any()
+    assert witness.asked == []
+
+
+# ----------------------------------------------------------------------------------- the verdict
+
+
+def verdict(there, core, witness):
+    """The verdict where stage 1 believes in every row by .3; the snapshot shows no clusters."""
+    seen = Sighting(1.0, (), 8, np.zeros(len(core), bool))
+    share = np.full(len(core), 0.3, np.float32)
+    return verify(core, share, [seen], there.labels, Settings(), CPU, witness)
+
+
+def test_belief_in_the_rows_of_a_convicted_label_is_that_of_the_probe_and_elsewhere_of_stage_1():
+    there = world(classes=3, rows=50, poison=20)
+    told = verdict(there, there.poison, oracle(there))
+    np.testing.assert_array_equal(told.suspect, there.poison)
+    probe = coherent(there.points, there.labels, 0, there.poison, CPU).belief
+    wanted = np.where(there.labels == 0, probe, np.float32(0.3))
+    np.testing.assert_array_equal(told.belief, wanted)
+    assert told.belief.dtype == np.float32
+    benign = (there.labels == 0) & ~there.poison
+    assert told.belief[there.poison].min() > 0.3 > told.belief[benign].max()
+    assert told.notes["commands"] == [1.0, 0.0, 0.0]
+    (label,) = told.notes["labels"]
+    assert (label["flagged"], label["alone"]) == (20, [1.0, 0.0])
+
+
+def test_belief_in_the_rows_of_a_cleared_label_stays_and_its_core_goes_before_its_halves():
+    there = world(classes=3, rows=50, poison=20)
+    there.truth[:] = there.labels
+    told = verdict(there, there.poison, oracle(there, commands=0.0))
+    assert told.notes["cleared_labels"] == [0] and not told.suspect.any()
+    assert told.notes["labels"][0]["chosen"] == "core"
+    assert (told.belief == np.float32(0.3)).all()
+
+
+def test_without_a_witness_the_core_of_the_suspected_labels_is_the_verdict():
+    there = world(classes=3, rows=50, poison=20)
+    few = (there.labels == 1) & (np.cumsum(there.labels == 1) <= 7)
+    told = verdict(there, there.poison | few, None)
+    np.testing.assert_array_equal(told.suspect, there.poison)
+    assert told.notes["suspected_labels"] == [0]
