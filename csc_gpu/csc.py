@@ -155,7 +155,8 @@ def learn(
                 observe = partial(segregate.observe, scales=scales[at.step])
                 how = points, sound.labels, at.epoch, settings.segregate, backend
                 seen[at.step] = segregate.shared(partial(observe, *how), backend)
-            accuracy = fitted(model, points, corpus.labels, backend)
+            is_input = not settings.features.layer  # of the head, which can then be asked
+            accuracy = fitted(model, points, sound.labels, backend) if is_input else None
             log("snapshot", sighting=seen[at.step], accuracy=accuracy)
             stored |= {at.step: backend.to_numpy(points[:])} if settings.watch.keep else {}
             del points  # or it would live beside the next

@@ -81,7 +81,10 @@ def test_a_net_of_timm_is_a_net_of_ours():
         ("torchvision:nope", "builds no net 'nope'"),
         ("torchvision:squeezenet1_0", "does not end in one linear layer"),
         ("torchvision:vit_b_16", "does not take images of 32x32"),
-        ("keras:resnet", "there are resnet8, resnet18, timm:NAME, torchvision:NAME"),
+        (
+            "keras:resnet",
+            "there are resnet8, resnet18, resnet8-group, resnet18-group, timm:NAME",
+        ),
         ("timm", "there are resnet8"),
     ],
 )

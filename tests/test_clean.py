@@ -51,6 +51,7 @@ def judged(folder: Path, source: str) -> None:
     run.save_suspects(folder / "suspects.csv", run.names(corpus), told)
     run.write_text(folder / "settings.toml", "")
     about = {"model": "resnet8", "n_classes": 2, "n_outputs": 3, "image_size": [8, 8]}
+    about |= {"classes": list(corpus.classes)}
     verdict = {"backend": "cpu", "verdict": "poison suspected", "broken": [], "source": source}
     run.write_json(folder / "summary.json", about | verdict)
 

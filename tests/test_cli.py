@@ -510,9 +510,9 @@ def test_interrupting_says_what_was_kept(tmp_path):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     work = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
-    log = tmp_path / "run.partial" / "log.jsonl"
+    partial = tmp_path / "run.partial"
     for _ in range(600):
-        if log.exists() and log.stat().st_size:
+        if (partial / "log.jsonl").exists() and (partial / "settings.toml").exists():
             break
         time.sleep(0.1)
     work.send_signal(signal.SIGINT)
