@@ -138,6 +138,17 @@ def test_strays_are_those_of_the_two_earliest_snapshots_in_which_most_of_the_lab
     assert len(witness.asked) == 2  # strays are a mixture: one way round tells
 
 
+@pytest.mark.parametrize("few", [8, 7])
+def test_halves_of_which_one_is_a_few_rows_are_not_asked(few):
+    points = np.where(rows(0, few)[:, None], [1, 0], [0, 1]).astype(np.float32)
+    witness = Answers([0.4])
+    found = Court(LABELS, (sighting(),), points, witness, Settings(), CPU).halves(0)
+    assert len(found) == (1 if few == 8 else 0)
+    for group in found:
+        assert_rows(group, rows(0, 8), rows(8, 100))
+    assert len(witness.asked) == 2 * len(found)  # either way round
+
+
 class Table:
     """A court in which the best patterns of some labels are known."""
 
@@ -255,6 +266,7 @@ def test_nobody_is_asked_where_the_check_adds_nothing_or_no_trigger_was_found():
     np.testing.assert_array_equal(firm_rows(judges, explained, Word(rows(0, 10), NOBODY)), CORE)
     assert not firm_rows(judges, unexplained, Word(rows(0, 30), NOBODY)).any()
     assert witness.asked == []
+    assert "added" not in explained.told | unexplained.told
 
 
 # ----------------------------------------------------------------------------------- the verdict
@@ -289,6 +301,14 @@ def test_belief_in_the_rows_of_a_cleared_label_stays_and_its_core_goes_before_it
     assert told.notes["cleared_labels"] == [0] and not told.suspect.any()
     assert told.notes["labels"][0]["chosen"] == "core"
     assert (told.belief == np.float32(0.3)).all()
+
+
+@pytest.mark.parametrize(("commands", "proved"), [(0.0, ()), (1.0, (0,))])
+def test_a_label_is_proved_by_a_trigger_and_the_check_not_by_the_check_alone(commands, proved):
+    there = world(classes=3, rows=50, poison=20)
+    told = verdict(there, there.poison, oracle(there, commands=commands))
+    np.testing.assert_array_equal(told.suspect, there.poison)
+    assert told.proved == proved
 
 
 def test_without_a_witness_the_core_of_the_suspected_labels_is_the_verdict():

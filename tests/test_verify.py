@@ -56,6 +56,14 @@ def test_a_reliable_model_adds_candidates_that_differ_and_frees_rows_that_do_not
     np.testing.assert_array_equal(held(differs, candidates=POISON | REST), differs)
 
 
+def test_rows_that_differ_are_added_if_nearly_all_of_them_must_be_poison():
+    some, errors = REST & (ROW % 4 == 0), CONTROLS & (ROW % 10 == 0)
+    found = held(POISON | some, candidates=POISON | REST)
+    np.testing.assert_array_equal(found, POISON | some)
+    found = held(POISON | some | errors, candidates=POISON | REST)
+    np.testing.assert_array_equal(found, POISON)  # a tenth differ as benign rows do
+
+
 def test_rows_that_command_the_label_stay_where_a_reliable_model_would_free_them():
     differs = (ROW < 90) | ((ROW >= 100) & (ROW < 150))
     found = held(differs, candidates=POISON | REST, commanded=True)
@@ -402,6 +410,13 @@ def test_the_halves_of_a_label_are_its_two_blobs_whatever_the_order_of_the_rows(
     order = np.random.default_rng(0).permutation(len(ours))
     again, _ = halves(there.points[order], ours[order], CPU)
     np.testing.assert_array_equal(again, smaller[order])
+
+
+def test_the_halves_of_a_label_are_its_two_blobs_though_one_is_small():
+    """The first axis alone would give the small one a part of the large."""
+    there = world(poison=10)
+    smaller, _ = halves(there.points, there.labels == 0, CPU)
+    np.testing.assert_array_equal(smaller, there.poison)
 
 
 @pytest.mark.parametrize("rule", ["persistence", "text", "algorithm1", "per_label"])
