@@ -16,12 +16,15 @@ from csc_gpu.segregate.verify import (
     Group,
     Word,
     candidates,
+    explained_by,
     firm_rows,
+    heard,
     opened,
+    scattered,
     searched,
     verify,
 )
-from csc_gpu.types import Clusters, Sighting
+from csc_gpu.types import Clusters, Reclassified, Sighting
 from tests.worlds import oracle, world
 
 CPU = open_backend("cpu", 1)
@@ -317,3 +320,103 @@ def test_without_a_witness_the_core_of_the_suspected_labels_is_the_verdict():
     told = verdict(there, there.poison | few, None)
     np.testing.assert_array_equal(told.suspect, there.poison)
     assert told.notes["suspected_labels"] == [0]
+
+
+# --- a second hearing ---------------------------------------------------------------------------
+
+
+def turned_world():
+    """Label 0 holds 60 benign rows and 20 of poison from labels 1 to 5; 40 rows of each other."""
+    labels = np.repeat(np.arange(6), [80, 40, 40, 40, 40, 40])
+    poison = np.arange(len(labels)) < 20
+    truth = np.where(poison, 1 + np.arange(len(labels)) % 5, labels)
+    return labels, poison, truth
+
+
+class Twice:
+    """A witness whose nets give poison its true label, and benign rows they never saw label 5."""
+
+    def __init__(self, labels, poison, truth):
+        self.labels, self.poison, self.truth, self.asked = labels, poison, truth, []
+
+    def reclassify(self, candidates):
+        self.asked.append(candidates)
+        benign_unseen = candidates & ~self.poison & (self.labels == 0)
+        predicted = np.where(benign_unseen, 5, np.where(candidates, self.truth, self.labels))
+        return Reclassified(candidates, np.zeros_like(candidates), predicted)
+
+
+class Still:
+    """A court of these labels in which every group is as coherent as can be, and has no kin."""
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def coherent(self, label, group):
+        return Kin(group, group.astype(np.float32))
+
+    def kin(self, label, core):
+        return core
+
+
+@pytest.mark.parametrize("is_turned", [True, False])
+def test_benign_rows_that_were_taken_for_the_poison_are_found_out_by_their_few_labels(is_turned):
+    labels, poison, truth = turned_world()
+    benign = (labels == 0) & ~poison
+    group = Group("halves", benign, poison, 1.0, (0.9, 0.5), is_turned)
+    case = explained_by(Still(labels), 0, group, 1.0, 0.5, {})
+    witness = Twice(labels, poison, truth)
+    (found,), checks = heard(Still(labels), [case], witness)
+    if not is_turned:  # nobody doubts a group that was not turned round
+        assert found[0] is case and len(checks) == len(witness.asked) == 1
+        return
+    np.testing.assert_array_equal(witness.asked[0], benign)
+    np.testing.assert_array_equal(witness.asked[1], poison)
+    np.testing.assert_array_equal(found[0].poison, poison)
+    assert found[0].told["turned_back"] and found[0].turned is None
+    assert found[1] is checks[1]
+
+
+def test_poison_that_comes_from_many_labels_is_not_doubted():
+    labels, poison, truth = turned_world()
+    group = Group("halves", poison, (labels == 0) & ~poison, 1.0, (0.9, 0.5), True)
+    case = explained_by(Still(labels), 0, group, 1.0, 0.5, {})
+    (found,), checks = heard(Still(labels), [case], Twice(labels, poison, truth))
+    assert found[0] is case and len(checks) == 1
+    assert scattered(case, checks[0], labels) == pytest.approx(1.0)
+
+
+def test_only_the_doubtful_case_is_turned_and_the_second_check_still_leaves_out_the_others():
+    labels, poison, truth = turned_world()
+    benign = (labels == 0) & ~poison
+    doubtful = explained_by(
+        Still(labels), 0, Group("halves", benign, poison, 1.0, (0.9, 0.5), True), 1.0, 0.5, {}
+    )
+    few = (labels == 3) & (np.cumsum(labels == 3) <= 10)
+    sure = explained_by(Still(labels), 3, Group("core", few, (labels == 3) & ~few, 1.0), 1, 0.5, {})
+    witness = Twice(labels, poison, truth)
+    found, checks = heard(Still(labels), [doubtful, sure], witness)
+    np.testing.assert_array_equal(witness.asked[1], poison | few)
+    assert found[1][0] is sure and found[1][1] is checks[0]
+
+
+def test_the_way_round_whose_poison_comes_from_more_labels_counts_even_if_it_was_doubted():
+    labels, poison, truth = turned_world()
+    benign = (labels == 0) & ~poison
+    case = explained_by(
+        Still(labels), 0, Group("halves", benign, poison, 1.0, (0.9, 0.5), True), 1.0, 0.5, {}
+    )
+    same = np.where(poison, 0, truth)  # the other group keeps its label: it is right
+    found, checks = heard(Still(labels), [case], Twice(labels, poison, same))
+    assert len(checks) == 2 and found[0][0] is case
+
+
+@pytest.mark.parametrize(("told", "share"), [([1, 1, 1, 1], 0.2), ([1, 2, 1, 2], 0.4), ([], 0.0)])
+def test_labels_are_counted_as_perplexity(told, share):
+    labels = np.array([0, 0, 0, 0, 1, 2, 3, 4, 5])
+    poison = np.arange(9) < len(told)
+    predicted = labels.copy()
+    predicted[: len(told)] = told
+    case = Case(0, poison, poison, True, 1.0, 0.5, {})
+    check = Reclassified(poison, np.zeros(9, bool), predicted)
+    assert scattered(case, check, labels) == pytest.approx(share)

@@ -50,6 +50,9 @@ AT_LEAST = 0.5
 """but none that commands less than this share of other labels' images,"""
 SURELY = 0.8
 """and every one that commands this share of them."""
+SCATTERED = 0.5
+"""Poison with a false label comes from many: its true labels are as many, in perplexity, as this
+share of all others at least. Benign rows that a check never saw are taken for a few like them."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,17 @@ class Group:
     rest: Mask  # (N,) rows of the label to compare them with
     commands: float  # what the pattern of rows - rest sends to the label; else of rest - rows, too
     alone: tuple[float, ...] = ()  # what rows and rest do against the other labels, if asked
+    is_turned: bool = False  # rows were the rest: they work better alone
+
+    def turned(self) -> Group:
+        """The same group with the rest for its poison."""
+        return replace(
+            self,
+            rows=self.rest,
+            rest=self.rows,
+            alone=self.alone[::-1],
+            is_turned=not self.is_turned,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,7 @@ class Case:
     commands: float  # share of other labels' images that the label's best trigger sends there. 0..1
     limit: float  # from where that is a trigger
     told: dict[str, Any]
+    turned: Group | None = None  # the group that it grew from, if that was turned round
 
     @property
     def firm(self) -> Mask:
@@ -129,12 +144,9 @@ def verify(
     if not cases:
         notes |= {"cleared_labels": [], "labels": []}
         return Verdict(core, share, notes, (), tuple(court.answers))
-    left_out = np.logical_or.reduce([case.candidates for case in cases])
-    if left_out.mean() > MOST_LEFT_OUT:
-        left_out = np.logical_or.reduce([case.poison for case in cases])
-    check = witness.reclassify(left_out)
+    hearings, checks = heard(court, cases, witness)
     suspect, belief, cleared, proved = np.zeros(len(labels), bool), share, [], []
-    for case in cases:
+    for case, check in hearings:
         word = judge(case, labels, check, settings)
         if word is None:
             cleared.append(case.label)
@@ -145,8 +157,64 @@ def verify(
         proved += [case.label] if case.is_commanded and word.confirmed.any() else []
         suspect = suspect | rows
         belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
-    notes |= {"cleared_labels": cleared, "labels": [case.told for case in cases]}
-    return Verdict(suspect, belief, notes, (check,), tuple(court.answers), tuple(proved))
+    notes |= {"cleared_labels": cleared, "labels": [case.told for case, _ in hearings]}
+    return Verdict(suspect, belief, notes, checks, tuple(court.answers), tuple(proved))
+
+
+def heard(
+    court: Court, cases: list[Case], witness: Witness
+) -> tuple[list[tuple[Case, Reclassified]], tuple[Reclassified, ...]]:
+    """Each case with the check that speaks about it, and all checks.
+
+    Where a group was turned round and the check gives the candidates to few labels, they may be
+    benign rows that it never saw. Then a second check learns from these and not from the others;
+    the way round counts whose candidates get more labels.
+    """
+    check = witness.reclassify(left_out(cases))
+    others = {
+        case.label: turned_back(court, case, case.turned)
+        for case in cases
+        if case.turned and is_doubtful(case, check, court.labels)
+    }
+    if not others:
+        return [(case, check) for case in cases], (check,)
+    second = witness.reclassify(left_out([others.get(case.label, case) for case in cases]))
+    found = []
+    for case in cases:
+        ways = [(case, check)]
+        if case.label in others:
+            ways.append((others[case.label], second))
+        found.append(max(ways, key=lambda way: scattered(way[0], way[1], court.labels)))
+    return found, (check, second)
+
+
+def left_out(cases: list[Case]) -> Mask:
+    """What a check does not learn from: all candidates, or the poison alone if they are most."""
+    candidates: Mask = np.logical_or.reduce([case.candidates for case in cases])
+    if candidates.mean() > MOST_LEFT_OUT:
+        poison: Mask = np.logical_or.reduce([case.poison for case in cases])
+        return poison
+    return candidates
+
+
+def scattered(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> float:
+    """How many labels a check gives the candidates that it contradicts, of all others. 0..1
+
+    As perplexity: evenly many labels, not those that a few rows get.
+    """
+    told = check.predicted[case.candidates & (check.predicted != labels)]
+    others = len(np.unique(labels)) - 1
+    if not (len(told) and others):
+        return 0.0
+    share = np.bincount(told) / len(told)
+    share = share[share > 0]
+    return float(np.exp(-(share * np.log(share)).sum())) / others
+
+
+def is_doubtful(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> bool:
+    """Whether a group that was turned round may have been right as it was."""
+    contradicted = float((check.predicted != labels)[case.candidates].mean())
+    return contradicted >= 0.5 and scattered(case, check, labels) < SCATTERED
 
 
 def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
@@ -254,9 +322,7 @@ class Court:
         group = replace(group, alone=alone)
         if max(alone) < AT_LEAST:
             return group if group.kind == "strays" else None
-        if alone[1] <= alone[0]:
-            return group
-        return replace(group, rows=group.rest, rest=group.rows, alone=alone[::-1])
+        return group.turned() if alone[1] > alone[0] else group
 
 
 def opened(
@@ -269,26 +335,49 @@ def opened(
     known = [group for group in triggers if group is not None]
     cores = [group for group in known if group.kind == "core"]
     explained = max(cores or known, key=lambda group: group.commands, default=None)
-    chosen, ours = explained or tried[0], court.labels == label
-    poison, candidates = chosen.rows, ours & ~chosen.rest
-    if explained:
-        if chosen.kind != "core":
-            poison = court.coherent(label, poison).rows
-        poison = court.kin(label, poison)
-    elif candidates.sum() > MOST_OF_LABEL * ours.sum():
-        candidates = poison
+    best = max((group.commands for group in known), default=0.0)
     told = {
         "label": label,
         "commands": [[group.kind, round(group.commands, 3)] for group in tried],
         "limit": round(limit, 3),
         "trigger": explained is not None,
-        "chosen": chosen.kind,
-        "alone": [round(share, 3) for share in chosen.alone],
-        "rows": int(chosen.rows.sum()),
+    }
+    if explained:
+        return explained_by(court, label, explained, best, limit, told)
+    ours, group = court.labels == label, tried[0]
+    candidates = ours & ~group.rest
+    if candidates.sum() > MOST_OF_LABEL * ours.sum():
+        candidates = group.rows
+    told |= of_group(group, group.rows)
+    return Case(label, group.rows, candidates | group.rows, False, best, limit, told)
+
+
+def explained_by(
+    court: Court, label: int, group: Group, best: float, limit: float, told: dict[str, Any]
+) -> Case:
+    """A case with a trigger: the group is its poison, and grows by its kin."""
+    poison = group.rows if group.kind == "core" else court.coherent(label, group.rows).rows
+    poison = court.kin(label, poison)
+    candidates = ((court.labels == label) & ~group.rest) | poison
+    told = told | of_group(group, poison)
+    turned = group if group.is_turned else None
+    return Case(label, poison, candidates, True, best, limit, told, turned)
+
+
+def turned_back(court: Court, case: Case, turned: Group) -> Case:
+    """The case with the group that had been turned round as it was."""
+    told = case.told | {"turned_back": True}
+    return explained_by(court, case.label, turned.turned(), case.commands, case.limit, told)
+
+
+def of_group(group: Group, poison: Mask) -> dict[str, Any]:
+    """What the notes tell of the group that was chosen."""
+    return {
+        "chosen": group.kind,
+        "alone": [round(share, 3) for share in group.alone],
+        "rows": int(group.rows.sum()),
         "grown": int(poison.sum()),
     }
-    best = max((group.commands for group in known), default=0.0)
-    return Case(label, poison, candidates | poison, explained is not None, best, limit, told)
 
 
 def firm_rows(court: Court, case: Case, word: Word) -> Mask:
