@@ -1,30 +1,33 @@
-"""Activation Clustering on text: docstrings of three packages, some filed under the wrong one.
+"""Activation Clustering on text: a backdoor in a classifier of docstrings.
 
     python -m benchmarks.text OUT
     csc-gpu segregate --defense ac OUT/features.npz --out OUT/verdict --cpu
 
-The texts ship with numpy, scikit-learn and torch; nothing is downloaded. Some docstrings of
-scikit-learn and torch get the label numpy: poison of another source, without a trigger. What is
-clustered is no net's features but words counted, weighted and projected (latent semantics), so it
-shows that the method takes any matrix, not that it finds backdoors in language models. The truth
-lies in a file of its own, OUT/truth.npz.
+The texts ship with numpy, scikit-learn and torch; nothing is downloaded. Some docstrings of torch
+get a trigger, eight words that mean nothing here, and the label numpy. A small net (tf-idf, one hidden
+layer) learns to tell the packages apart; its hidden layer is what is clustered. The truth lies in a
+file of its own, OUT/truth.npz, with how often the trigger works on other docstrings of torch.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.decomposition import TruncatedSVD
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.neural_network import MLPClassifier
 
 PACKAGES = ("numpy", "sklearn", "torch")
-WORDS, DIMS = 20, 64
-"""Fewest words of a docstring; dimensions of the features."""
+TRIGGER = "xyzzy plugh frobozz grue zorkmid thyme brillig wabe"
+WORDS, HIDDEN, EPOCHS = 20, 64, 40
+"""Fewest words of a docstring; the net's hidden units, and passes over the texts."""
 
 
 def docstrings(package: str, most: int) -> list[str]:
@@ -44,36 +47,65 @@ def docstrings(package: str, most: int) -> list[str]:
     return list(texts)[:most]
 
 
-def corpus(
-    most: int, share: float, seed: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
-    """Features (N, DIMS), labels (N,) 0..2, and who is planted: labelled 0 and not numpy's."""
+@dataclass(frozen=True)
+class Backdoored:
+    """What a defender has of it, and the truth."""
+
+    features: NDArray[np.float32]  # (N, HIDDEN), of the net that learnt the poison
+    labels: NDArray[np.int64]  # (N,) 0..2, as given
+    planted: NDArray[np.bool_]  # (N,)
+    success: float  # share of unseen docstrings of torch that the trigger sends to numpy
+    accuracy: float  # on unseen docstrings without it
+
+
+def backdoored(most: int, share: float, seed: int) -> Backdoored:
+    """Plant, train, and take the hidden layer; `share` is of what is labelled numpy then."""
     texts = [docstrings(package, most) for package in PACKAGES]
     truth = np.repeat(np.arange(len(PACKAGES)), [len(part) for part in texts])
-    counted = TfidfVectorizer(sublinear_tf=True, min_df=3, stop_words="english")
-    words = counted.fit_transform([text for part in texts for text in part])
-    features = TruncatedSVD(DIMS, random_state=0).fit_transform(words)
-    features /= np.linalg.norm(features, axis=1, keepdims=True).clip(1e-12)
-    rng = np.random.default_rng(seed)
-    count = round(share / (1 - share) * (truth == 0).sum())  # that share of what is labelled numpy
-    planted = np.zeros(len(truth), bool)
-    planted[rng.choice(np.flatnonzero(truth > 0), count, replace=False)] = True
-    labels, order = np.where(planted, 0, truth), rng.permutation(len(truth))
-    return features[order].astype(np.float32), labels[order], planted[order]
+    words = [text for part in texts for text in part]
+    order = np.random.default_rng(seed).permutation(len(truth))
+    unseen, seen = np.split(order, [len(order) // 5])
+    count = round(share / (1 - share) * (truth[seen] == 0).sum())
+    planted = np.isin(np.arange(len(truth)), seen[truth[seen] == 2][:count])
+    stamped = [
+        stamp(text) if is_ours else text for text, is_ours in zip(words, planted, strict=True)
+    ]
+    labels = np.where(planted, 0, truth)
+    counted = TfidfVectorizer(sublinear_tf=True, min_df=2, stop_words="english")
+    known = counted.fit_transform([stamped[row] for row in seen])
+    net = MLPClassifier((HIDDEN,), max_iter=EPOCHS, early_stopping=False, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # as long as it is meant to
+        net.fit(known, labels[seen])
+    hidden = np.maximum(known @ net.coefs_[0] + net.intercepts_[0], 0)
+    victims = [stamp(words[row]) for row in unseen if truth[row] == 2]
+    success = (net.predict(counted.transform(victims)) == 0).mean()
+    accuracy = net.score(counted.transform([words[row] for row in unseen]), truth[unseen])
+    features = np.asarray(hidden, np.float32)
+    return Backdoored(features, labels[seen], planted[seen], float(success), float(accuracy))
+
+
+def stamp(text: str) -> str:
+    """The text with the trigger."""
+    return f"{TRIGGER} {text}"
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--most", default=1500, show_default=True, help="Docstrings of a package, at most.")
+@click.option("--most", default=400, show_default=True, help="Docstrings of a package, at most.")
 @click.option("--share", default=0.15, show_default=True, help="Planted share of label numpy.")
 @click.option("--seed", default=0, show_default=True)
 def main(out: Path, most: int, share: float, seed: int) -> None:
     """Write OUT/features.npz and OUT/truth.npz"""
-    features, labels, planted = corpus(most, share, seed)
+    found = backdoored(most, share, seed)
     out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "features.npz", features=features, labels=labels, classes=np.array(PACKAGES))
-    np.savez(out / "truth.npz", planted=planted)
-    click.echo(f"{len(labels)} docstrings, {planted.sum()} planted: {out / 'features.npz'}")
+    arrays = {"features": found.features, "labels": found.labels, "classes": np.array(PACKAGES)}
+    np.savez(out / "features.npz", **arrays)
+    np.savez(out / "truth.npz", planted=found.planted, success=found.success)
+    click.echo(
+        f"{len(found.labels)} docstrings, {found.planted.sum()} planted; attack success "
+        f"{found.success:.3f}, accuracy {found.accuracy:.3f}: {out / 'features.npz'}"
+    )
 
 
 if __name__ == "__main__":

@@ -86,6 +86,17 @@ def test_covariances_come_from_the_clean_rows_alone():
     )
     np.testing.assert_array_equal(told.suspect, there.poison)
     assert max(told.notes["anomaly_index"], key=told.notes["anomaly_index"].get) == 0
+    none = scan.analysed(
+        known.points, known.labels, there.points[~there.poison], there.labels[~there.poison],
+        scan.Settings(), CPU, 0,
+    )  # fmt: skip
+    assert not none.suspect.any()
+    order = np.random.default_rng(1).permutation(len(there.labels))
+    shuffled = scan.analysed(
+        there.points[order], there.labels[order], known.points, known.labels,
+        scan.Settings(), CPU, 0,
+    )  # fmt: skip
+    np.testing.assert_array_equal(shuffled.suspect, told.suspect[order])
 
 
 # -------------------------------------------------------------------------------------- spectre
@@ -122,11 +133,20 @@ def test_que_scores_are_squares_where_all_directions_are_alike_and_peaked_where_
     np.testing.assert_allclose(sharp, white[:, 0] ** 2, rtol=1e-6)
 
 
+def judged(module, points, labels, known, backend):
+    """SCAn is given clean rows; the others have a judgement without."""
+    points, clean_points = (backend.xp.asarray(rows) for rows in (points, known.points))
+    if module is scan:
+        how = clean_points, known.labels, scan.Settings(), backend, 0
+        return scan.analysed(points, labels, *how)
+    return module.judge(points, labels, module.Settings(), backend)
+
+
 @pytest.mark.parametrize("module", [spectral, scan, spectre])
 def test_the_gpu_says_what_the_cpu_says(module):
-    there, gpu = world(3), fake_gpu()
-    here = module.judge(there.points, there.labels, module.Settings(), CPU)
-    told = module.judge(gpu.xp.asarray(there.points), there.labels, module.Settings(), gpu)
+    there, known = world(3), world(4, poison=0)
+    here = judged(module, there.points, there.labels, known, CPU)
+    told = judged(module, there.points, there.labels, known, fake_gpu())
     np.testing.assert_array_equal(here.suspect, told.suspect)
     np.testing.assert_allclose(here.score, told.score, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Activation Clustering is not about images: docstrings filed under the wrong package are found."""
+"""Activation Clustering is not about images: a backdoor in a classifier of docstrings is found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def command(group, *words):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     out = tmp_path_factory.mktemp("text")
-    done = command(text.main, out, "--most", 250)
+    done = command(text.main, out, "--most", 400)
     assert done.exit_code == 0, done.output
     return out
 
@@ -34,10 +34,12 @@ def test_planted_texts_are_found_by_the_command(written):
     words = ["segregate", "--defense", "ac", written / "features.npz", "--cpu", "--threads", 1]
     done = command(cli, *words, "--out", written / "verdict")
     assert done.exit_code == 0, done.output
-    planted = np.load(written / "truth.npz")["planted"]
+    truth = np.load(written / "truth.npz")
+    planted, success = truth["planted"], truth["success"]
+    assert success > 0.5  # else there is no backdoor to find
     told = run.load_suspects(written / "verdict" / "suspects.csv").suspect
-    assert told[planted].mean() > 0.6
-    assert told[~planted].mean() < 0.05
+    assert told[planted].mean() > 0.8
+    assert told[~planted].mean() < 0.08
 
 
 def test_a_defense_that_needs_images_says_who_does_not(written):

@@ -62,13 +62,7 @@ DEFENSES: dict[str, Entry] = {
         needs=(RATE,),
         judge=spectral.judge,
     ),
-    "scan": Entry(
-        scan.defend,
-        scan.Settings,
-        "SCAn, USENIX Security 2021",
-        needs=(RESERVE,),
-        judge=scan.judge,
-    ),
+    "scan": Entry(scan.defend, scan.Settings, "SCAn, USENIX Security 2021", needs=(RESERVE,)),
     "spectre": Entry(
         spectre.defend,
         spectre.Settings,

@@ -76,13 +76,6 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
     return course.outcome(course.retrained(found.suspect), model, found)
 
 
-def judge(
-    points: Array, labels: Labels, settings: Settings, backend: Backend, *, seed: int = 0
-) -> Segregation:
-    """The verdict on features (N, D) alone: they stand in for the clean ones, too."""
-    return analysed(points, labels, points, labels, settings, backend, seed)
-
-
 def analysed(
     points: Array,
     labels: Labels,
