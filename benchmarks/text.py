@@ -4,9 +4,9 @@
     csc-gpu segregate --defense ac OUT/features.npz --out OUT/verdict --cpu
 
 The texts ship with numpy, scikit-learn and torch; nothing is downloaded. Some docstrings of torch
-get a trigger, eight words that mean nothing here, and the label numpy. A small net (tf-idf, one hidden
-layer) learns to tell the packages apart; its hidden layer is what is clustered. The truth lies in a
-file of its own, OUT/truth.npz, with how often the trigger works on other docstrings of torch.
+get a trigger, eight words that mean nothing here, and the label numpy. A small net (tf-idf, one
+hidden layer) learns to tell the packages apart; that layer is what is clustered. The truth lies in
+a file of its own, OUT/truth.npz, with how often the trigger works on other docstrings of torch.
 """
 
 from __future__ import annotations

@@ -484,12 +484,27 @@ def export_model(**what: Any) -> None:
     type=click.Choice(["pca", "umap"]),
     help="How features become two dimensions; umap needs features.npz and umap-learn.",
 )
-def report(run: Path, projection: str) -> None:
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Of rows: the folder for tables and plots; default: ROWS without its .jsonl.",
+)
+def report(run: Path, projection: str, out: Path | None) -> None:
     """Write RUN/report.html, one page with pictures, and its plots in RUN/plots.
 
     The verdict, suspects beside other images of their label, features, clusters, curves, settings.
     The images are read again from where they were; the page itself needs nothing but itself.
+
+    Of the rows of csc-gpu matrix, RUN.jsonl, it makes tables and plots: Markdown, CSV and a page.
     """
+    if run.is_file():
+        from csc_gpu import comparison
+
+        for path in comparison.write(run, out or run.with_suffix("")):
+            click.echo(str(path))
+        return
+    if out:
+        raise ConfigError("--out is for the rows of a matrix; the page of a run lies in the run")
     from csc_gpu import pipeline
 
     click.echo(pipeline.look(run, projection))
@@ -613,17 +628,6 @@ def matrix(plan: Path, out: Path, work: Path | None, retry: bool, backend: Any) 
 
     for line in comparison.run_plan(plan, out, work, retry=retry, backend=backend):
         click.echo(line)
-
-
-@cli.command()
-@click.argument("rows", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="A folder.")
-def compare(rows: Path, out: Path) -> None:
-    """Make tables and plots of the ROWS of csc-gpu matrix: Markdown, CSV and one HTML page"""
-    from csc_gpu import comparison
-
-    for path in comparison.write(rows, out):
-        click.echo(str(path))
 
 
 @cli.command()

@@ -316,7 +316,7 @@ def test_the_commands_run_a_plan_and_make_its_tables(source, tmp_path):
     done = CliRunner().invoke(cli, [str(word) for word in words])
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("few badnets 0.05 seed 0 plain: asr before")
-    words = ["compare", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
+    words = ["report", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
     done = CliRunner().invoke(cli, [str(word) for word in words])
     assert done.exit_code == 0, done.output
     assert (tmp_path / "out" / "table.html").exists()
