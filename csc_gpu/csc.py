@@ -220,14 +220,7 @@ def conclude(
         log=log,
         kept=kept,
     )
-    known = kept.load("verdict")
-    if known is not None:
-        verdict = segregate.to_verdict(known)
-    else:
-        with clock("segregate"):
-            what = learnt.sightings, corpus.labels, settings.segregate, backend, witness
-            verdict = witness.hearing(lambda: segregate.segregate(*what))
-        kept.save("verdict", lambda: segregate.of_verdict(verdict))
+    verdict = judged(learnt, corpus, settings, backend, witness, clock, kept)
     suspect = verdict.suspect
     log("verdict", suspects=int(suspect.sum()), rows=len(corpus), **verdict.notes)
     with clock("conceal"):
@@ -264,6 +257,26 @@ def conclude(
         recovered,
         segregate.drawing(learnt.sightings, suspect, settings.segregate, backend),
     )
+
+
+def judged(
+    learnt: Learnt,
+    corpus: Corpus,
+    settings: Settings,
+    backend: Backend,
+    witness: Trained,
+    clock: Stopwatch,
+    kept: Checkpoints,
+) -> Segregation:
+    """The verdict on what was seen, once all witnesses are heard; one that was kept stands."""
+    known = kept.load("verdict")
+    if known is not None:
+        return segregate.to_verdict(known)
+    with clock("segregate"):
+        what = learnt.sightings, corpus.labels, settings.segregate, backend, witness
+        verdict = witness.hearing(lambda: segregate.segregate(*what))
+    kept.save("verdict", lambda: segregate.of_verdict(verdict))
+    return verdict
 
 
 def snapshots(

@@ -27,7 +27,7 @@ from csc_gpu.checkpoint import Folder, Following, Record
 from csc_gpu.config import flattened, override, to_toml
 from csc_gpu.data.folders import images_below
 from csc_gpu.defenses import DEFENSES, RESERVE, Entry
-from csc_gpu.errors import ConfigError, CorpusError, OutputError
+from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError
 from csc_gpu.export import TRIED, export
 from csc_gpu.features import width
 from csc_gpu.guarded import Answer, GuardedClassifier
@@ -247,11 +247,8 @@ def train(
     """
     settings = settings_of(defense, changes)
     require_able(defense, backend, reserve=bool(reserve))
-    if max_bad is not None and (skip_broken or defense != "csc" or backend.ranks.world > 1):
-        raise ConfigError(
-            "--max-bad is for defense csc in one process, without --skip-broken; leave it out, and "
-            "all images are checked before training"
-        )
+    broken = {"skip_broken": skip_broken, "max_bad": max_bad}
+    require_tolerant(defense, backend, skip_broken=skip_broken, max_bad=max_bad)
     if not settings.train.model:
         settings = override(settings, {"train.model": backend.usual_model})
     run.check_apart(source, out)
@@ -262,7 +259,6 @@ def train(
         return f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
     how: dict[str, Any] = {"defense": defense, "seed": seed}
     how |= {"settings": settings, "backend": backend}
-    broken = {"skip_broken": skip_broken, "max_bad": max_bad}
     if not backend.ranks.is_first:
         return follow(source, out, broken, **how)
     with run.fresh_directory(out, run.RUN, force=force, resume=resume) as folder:
@@ -307,6 +303,10 @@ def paged(folder: Path) -> str:
     """The line that says where the page of a run is, or why there is none."""
     try:
         return f"report: {report.write(folder)}"
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted while its page was made; the run is complete in {folder}"
+        ) from None
     except Exception as fault:  # whatever it is, the run is worth more than its page
         return f"no report ({' '.join(str(fault).split())}): csc-gpu report {folder} tries again"
 
@@ -346,6 +346,17 @@ def require_able(defense: str, backend: Backend, *, reserve: bool) -> None:
         raise ConfigError(f"{defense} has no use for clean images; leave --reserve out")
     if backend.ranks.world > 1 and defense not in ON_RANKS:
         raise ConfigError(f"{defense} runs in one process; start it without torchrun")
+
+
+def require_tolerant(
+    defense: str, backend: Backend, *, skip_broken: bool, max_bad: int | None
+) -> None:
+    """Raises ConfigError if broken images cannot be found while the defense trains."""
+    if max_bad is not None and (skip_broken or defense != "csc" or backend.ranks.world > 1):
+        raise ConfigError(
+            "--max-bad is for defense csc in one process, without --skip-broken; leave it out, and "
+            "all images are checked before training"
+        )
 
 
 ON_RANKS = ("csc", "plain")

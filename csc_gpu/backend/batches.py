@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,15 +16,15 @@ from csc_gpu.backend.ranks import ALONE, Ranks
 from csc_gpu.types import Array, Corpus
 
 
-class Batches:
+class Batches(ABC):
     """What a backend inherits; it says where it decodes and places pixels."""
 
     decoder: Decoder
     ranks: Ranks = ALONE
 
+    @abstractmethod
     def _placed(self, pixels: Array) -> torch.Tensor:
         """The pixels (N, H, W, 3) where batches are made of them."""
-        raise NotImplementedError
 
     def batches(
         self,

@@ -6,7 +6,7 @@ rows it leaves out, and by its judgement.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -148,6 +148,19 @@ class Course:
         down = self.backend.to_numpy
         told, lost = down(self.backend.array(logits.argmax(1))), down(self.backend.array(losses))
         return told.astype(np.int64), lost.astype(np.float32)
+
+    def by_features(self, judge: Callable[[Array], Segregation]) -> Outcome:
+        """Train, judge the features (N, D), train again on the rows that are left."""
+        model = self.trained()
+        points = self.features(model)
+        with self.clock("judge"):
+            found = judge(points)
+        return self.filtered(model, found)
+
+    def filtered(self, model: Net, found: Segregation) -> Outcome:
+        """A net trained anew without the suspects; the model itself, if there are none."""
+        net = self.retrained(found.suspect) if found.suspect.any() else model
+        return self.outcome(net, model, found)
 
     def outcome(
         self, model: Net, undefended: Net | None = None, verdict: Segregation | None = None

@@ -71,9 +71,7 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
     with course.clock("judge"):
         labels = view.train.labels
         found = analysed(points, labels, known, clean.labels, settings, backend, course.seed)
-    if not found.suspect.any():
-        return course.outcome(model, model, found)
-    return course.outcome(course.retrained(found.suspect), model, found)
+    return course.filtered(model, found)
 
 
 def analysed(

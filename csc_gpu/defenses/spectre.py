@@ -68,12 +68,8 @@ class Settings(csc.Common):
 
 def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any) -> Outcome:
     """Train, remove the rows of excess variance, train again."""
-    course = Course(view, settings, backend, **how)
-    model = course.trained()
-    points = course.features(model)
-    with course.clock("judge"):
-        found = judge(points, view.train.labels, settings, backend)
-    return course.outcome(course.retrained(found.suspect), model, found)
+    course, labels = Course(view, settings, backend, **how), view.train.labels
+    return course.by_features(lambda points: judge(points, labels, settings, backend))
 
 
 def judge(

@@ -57,7 +57,7 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
         limit = float(np.quantile(usual, chosen.false_alarms))
         entropy = entropies(model, view.train, clean, chosen, backend, seed=course.seed + 1)
     found = verdict(entropy < limit, -entropy, "strip", {"entropy_limit": limit})
-    return course.outcome(course.retrained(found.suspect), model, found)
+    return course.filtered(model, found)
 
 
 @torch.inference_mode()

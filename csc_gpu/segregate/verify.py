@@ -147,6 +147,7 @@ def verify(
     hearings, checks = heard(court, cases, witness)
     suspect, belief, cleared, proved = np.zeros(len(labels), bool), share, [], []
     for case, check in hearings:
+        case.told["scattered"] = round(scattered(case, check, labels), 3)
         word = judge(case, labels, check, settings)
         if word is None:
             cleared.append(case.label)
