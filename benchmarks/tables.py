@@ -1,4 +1,4 @@
-"""The tables of the README and of docs/results.md, cut from the result lines.
+"""The tables of the README and of docs/, cut from the result lines.
 
     python -m benchmarks.tables            # write them between <!-- name --> and <!-- /name -->
     python -m benchmarks.tables --check    # exit status 1 if a page does not say what the lines say
@@ -31,11 +31,16 @@ from benchmarks.detection import (
     read,
     usual,
 )
+from csc_gpu import comparison
+from csc_gpu.matrix import read_rows
 from csc_gpu.pipeline import EFFECTIVE as HOLDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "defenses.md")
 ATTACKS = RESULTS.with_name("attacks.jsonl")
+MATRIX = RESULTS.with_name("matrix-mnist.jsonl")
+SHOWN = ("acc", "asr", "ra", "recall", "false alarms", "recovered ra", "x plain")
+"""What the comparison of the defenses shows."""
 GOAL = 0.9
 """Attack success before from which on the goals of the study at the usual rate count."""
 RECOVERED = 0.9
@@ -43,7 +48,7 @@ RECOVERED = 0.9
 Line = dict[str, Any]
 
 
-def tables(study: list[Line], attacks: list[Line]) -> dict[str, str]:
+def tables(study: list[Line], attacks: list[Line], rows: list[Line]) -> dict[str, str]:
     """Every table by the name of its place."""
     ours = [line for line in study if line["rule"] == DEFAULT]
     attacked = [line for line in ours if line["attack"] != "none"]
@@ -67,6 +72,7 @@ def tables(study: list[Line], attacks: list[Line]) -> dict[str, str]:
         "foot": made_by(study),
         "attacks": every_attack(attacks),
         "attacks foot": made_by(attacks),
+        "matrix": comparison.markdown(comparison.lines(rows), SHOWN).rstrip(),
     }
 
 
@@ -195,7 +201,7 @@ def filled(text: str, found: dict[str, str]) -> str:
 @click.option("--check", is_flag=True, help="Change nothing; status 1 if it differs.")
 def cli(pages: tuple[Path, ...], check: bool) -> None:
     """Write the tables of PAGES, or check them."""
-    found = tables(read(RESULTS), read(ATTACKS))
+    found = tables(read(RESULTS), read(ATTACKS), read_rows(MATRIX))
     for page in pages or PAGES:
         said = page.read_text(encoding="utf-8")
         text = filled(said, found)

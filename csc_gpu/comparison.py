@@ -189,11 +189,11 @@ def shown(found: Sequence[Line]) -> list[str]:
     return [name for name in COLUMNS if any(line.figure(name).values for line in found)]
 
 
-def markdown(found: Sequence[Line]) -> str:
-    """A table for every data set and attack."""
-    columns, parts = shown(found), []
+def markdown(found: Sequence[Line], columns: Sequence[str] = (), *, level: int = 3) -> str:
+    """A table for every data set and attack, under a heading; all columns, if none are named."""
+    columns, parts = columns or shown(found), []
     for (data, attack), ours in cells(found).items():
-        parts.append(f"### {data}, {attack}\n")
+        parts.append(f"{'#' * level} {data}, {attack}\n")
         parts.append(f"| defense | n | {' | '.join(columns)} | remark |")
         parts.append("|---" * (len(columns) + 3) + "|")
         for line in ours:

@@ -569,6 +569,8 @@ def save_snapshots(
         transfer_label=np.array([answer.label for answer in transfers], np.int64),
         transfer_groups=np.array([answer.groups for answer in transfers], np.str_),
         transfer_share=np.array([answer.share for answer in transfers], np.float64),
+        transfer_source=np.array([answer.source for answer in transfers], np.int64),
+        transfer_most=np.array([answer.most for answer in transfers], np.float64),
         settings=np.array(json.dumps(plain(settings))),
     )
     os.replace(partial, path)
@@ -647,6 +649,8 @@ OPTIONAL = (
     "transfer_label",
     "transfer_groups",
     "transfer_share",
+    "transfer_source",
+    "transfer_most",
 )
 
 
@@ -686,16 +690,19 @@ def _checks(arrays: Mapping[str, NDArray[Any]], n: int) -> tuple[Reclassified, .
 
 
 def _transfers(arrays: Mapping[str, NDArray[Any]]) -> tuple[Transfer, ...]:
-    keys = ("transfer_label", "transfer_groups", "transfer_share")
-    if any(key not in arrays for key in keys):
+    if any(f"transfer_{name}" not in arrays for name in ("label", "groups", "share")):
         return ()
-    label, groups, share = (arrays[key] for key in keys)
-    if (label.ndim, groups.shape, share.shape) != (1, label.shape, label.shape):
+    label, groups, share = (arrays[f"transfer_{name}"] for name in ("label", "groups", "share"))
+    source = arrays.get("transfer_source", np.full(label.shape, -1))  # older runs have neither
+    most = arrays.get("transfer_most", np.zeros(label.shape))
+    numbers = (label, share, source, most)
+    if label.ndim != 1 or any(array.shape != label.shape for array in (groups, *numbers)):
         return ()
-    if not all(array.dtype.kind in "iuf" for array in (label, share)):
+    if not all(array.dtype.kind in "iuf" for array in numbers):
         return ()
     return tuple(
-        Transfer(int(y), str(g), float(s)) for y, g, s in zip(label, groups, share, strict=True)
+        Transfer(int(y), str(g), float(s), int(o), float(m))
+        for y, g, s, o, m in zip(label, groups, share, source, most, strict=True)
     )
 
 
@@ -722,18 +729,18 @@ class Recorded:
         self, points: Array, transfers: tuple[Transfer, ...], checks: tuple[Reclassified, ...]
     ) -> None:
         self._points, self._checks = points, checks
-        self._shares = {(answer.label, answer.groups): answer.share for answer in transfers}
+        self._answers = {(answer.label, answer.groups): answer for answer in transfers}
 
     def points(self) -> Array:
         """Features of all rows under the model that was trained. (N, D) on the device"""
         return self._points
 
-    def transfers(self, group: Mask, rest: Mask, label: int) -> float:
-        """The share that was found for these groups. 0..1"""
-        share = self._shares.get((label, Transfer.fingerprint(group, rest)))
-        if share is None:
+    def transfers(self, group: Mask, rest: Mask, label: int) -> Transfer:
+        """What was found for these groups."""
+        answer = self._answers.get((label, Transfer.fingerprint(group, rest)))
+        if answer is None:
             raise CorpusError(OTHER_QUESTION)
-        return share
+        return answer
 
     def reclassify(self, candidates: Mask) -> Reclassified:
         """What the model said that was trained without these rows."""

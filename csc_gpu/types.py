@@ -168,6 +168,8 @@ class Transfer:
     label: int
     groups: str  # fingerprint of the two groups: masks would take 2 N bytes for every question
     share: float  # of the images tried, how many get the label once the pattern is added. 0..1
+    source: int = -1  # whose images get it most; -1: of no label were enough tried
+    most: float = 0.0  # share of its images that do. 0..1
 
     @staticmethod
     def fingerprint(group: Mask, rest: Mask) -> str:
@@ -182,8 +184,8 @@ class Witness(Protocol):
     def points(self) -> Array:
         """Features of all rows under the trained model. (N, D) on the device"""
 
-    def transfers(self, group: Mask, rest: Mask, label: int) -> float:
-        """Share of other labels' images that get `label` once group's pattern is added. 0..1"""
+    def transfers(self, group: Mask, rest: Mask, label: int) -> Transfer:
+        """How many of the other labels' images get `label` once group's pattern is added."""
 
     def reclassify(self, candidates: Mask) -> Reclassified:
         """Predictions of a fresh model trained without these rows: AC's exclusion."""

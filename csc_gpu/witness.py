@@ -15,7 +15,7 @@ from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record
 from csc_gpu.errors import TrainingDiverged
 from csc_gpu.features import Settings, are_finite, features, predict
 from csc_gpu.models import Net
-from csc_gpu.types import Array, Corpus, Log, Mask, Reclassified, Segregation, quiet
+from csc_gpu.types import Array, Corpus, Log, Mask, Reclassified, Segregation, Transfer, quiet
 
 ORDER = "candidates"
 """In what rank 0 tells the others: train without these rows."""
@@ -55,8 +55,8 @@ class Trained:
                 raise TrainingDiverged("training diverged: features are not finite; lower train.lr")
         return self._points
 
-    def transfers(self, group: Mask, rest: Mask, label: int) -> float:
-        """Share of other labels' images that get `label` once group's pattern is added. 0..1"""
+    def transfers(self, group: Mask, rest: Mask, label: int) -> Transfer:
+        """How many of the other labels' images get `label` once group's pattern is added."""
         with self._clock("verify"):
             return trigger.transfers(self._model, self._corpus, group, rest, label, self._backend)
 

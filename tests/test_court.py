@@ -14,17 +14,19 @@ from csc_gpu.segregate.verify import (
     Case,
     Court,
     Group,
+    Narrow,
     Word,
     candidates,
     explained_by,
     firm_rows,
     heard,
+    narrow_trigger,
     opened,
     scattered,
     searched,
     verify,
 )
-from csc_gpu.types import Clusters, Reclassified, Sighting
+from csc_gpu.types import Clusters, Reclassified, Sighting, Transfer
 from tests.worlds import oracle, world
 
 CPU = open_backend("cpu", 1)
@@ -53,7 +55,8 @@ class Answers:
 
     def transfers(self, group, rest, label):
         self.asked.append((group, rest))
-        return self.answers[min(len(self.asked), len(self.answers)) - 1]
+        share = self.answers[min(len(self.asked), len(self.answers)) - 1]
+        return Transfer(label, Transfer.fingerprint(group, rest), share)
 
 
 class Plain(Court):
@@ -192,6 +195,42 @@ def test_labels_too_small_to_be_asked_do_not_lower_the_limit_of_the_others():
 def test_where_no_other_label_can_be_asked_the_lowest_limit_holds():
     assert searched(Table(y0=[0.9], y1=[]))[1] == {0: 0.5, 1: 0.8}
     assert searched(Table(y0=[]))[1] == {0: 0.5}
+
+
+def narrow(*most):
+    """What commands one other label most, of labels 0, 1, ..."""
+    return {y: Narrow(NOBODY, NOBODY, 9, share) for y, share in enumerate(most)}
+
+
+@pytest.mark.parametrize(
+    ("most", "found"),
+    [
+        ((0.8, 0.1, 0.2, 0.3, 0.5), True),
+        ((0.79, 0.1, 0.2, 0.3, 0.5), False),  # never less than surely
+        ((1.0, 0.7, 0.7, 0.1, 0.7), True),  # the usual .7 and .3
+        ((0.99, 0.7, 0.7, 0.1, 0.7), False),
+        ((1.0,), True),
+    ],
+)
+def test_one_label_is_commanded_if_that_is_sure_and_beyond_the_usual(most, found):
+    assert bool(narrow_trigger(narrow(*most), 0)) == found
+    assert narrow_trigger(narrow(*most), 9) is None  # a label that was not asked
+
+
+def test_of_all_groups_of_a_label_those_are_noted_that_command_one_label_most():
+    judges, witness = court()
+    asked = ((0.5, 1, (0, 9)), (0.9, 3, (0, 50)), (0.9, 2, (0, 30)), (1.0, 5, (0, 51)))
+    for share, source, (a, b) in asked:  # the last is most of the label
+        witness.transfers = lambda group, rest, label, told=(share, source): Transfer(
+            label, "", 0.1, told[1], told[0]
+        )
+        assert judges.between(0, rows(a, b), rows(b, 100)) == 0.1
+    witness.transfers = lambda group, rest, label: Transfer(label, "", 0.1)  # too few of each
+    judges.between(4, rows(100, 120), rows(120, 200))
+    assert judges.narrow.keys() == {0}
+    found = judges.narrow[0]
+    assert (found.source, found.most) == (3, 0.9)
+    assert_rows(found, rows(0, 50), rows(50, 100))
 
 
 # ----------------------------------------------------------------------- what is held for poison

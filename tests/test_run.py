@@ -58,7 +58,7 @@ def verdict(n: int = 6) -> Segregation:
     table["reason"] = np.array(["none"] * n)
     controls = np.arange(n) == 0
     check = Reclassified(suspect, controls, np.arange(n) % 3)
-    tried = Transfer(1, Transfer.fingerprint(suspect, ~suspect), 0.875)
+    tried = Transfer(1, Transfer.fingerprint(suspect, ~suspect), 0.875, 2, 0.5)
     return Segregation(suspect, score, table, {}, (check,), (tried,))
 
 
@@ -660,7 +660,7 @@ def test_a_record_answers_nothing_that_was_not_asked(tmp_path: Path):
     save_snapshots(tmp_path / "f.npz", taken(1.0), corpus(), told, {})
     witness = replay(load_snapshots(tmp_path / "f.npz"), CPU)
     assert witness is not None
-    assert witness.transfers(told.suspect, ~told.suspect, 1) == 0.875
+    assert witness.transfers(told.suspect, ~told.suspect, 1) == told.transfers[0]
     assert witness.reclassify(told.suspect).predicted.tolist() == [0, 1, 2, 0, 1, 2]
     for question in (
         lambda: witness.transfers(told.suspect, ~told.suspect, 0),

@@ -9,7 +9,7 @@ from torch import nn
 
 from csc_gpu.backend import open_backend
 from csc_gpu.trigger import evenly, mean_image, transfers
-from csc_gpu.types import Corpus
+from csc_gpu.types import Corpus, Transfer
 
 CPU = open_backend("cpu", 1)
 
@@ -52,7 +52,51 @@ def stamped_corpus(n: int = 90) -> tuple[Corpus, dict[str, np.ndarray]]:
 )
 def test_the_pattern_of_stamped_rows_commands_the_label_and_no_other_does(group, rest, share):
     corpus, rows = stamped_corpus()
-    assert transfers(Corner(), corpus, rows[group], rows[rest], 0, CPU) == share
+    assert transfers(Corner(), corpus, rows[group], rows[rest], 0, CPU).share == share
+
+
+class Choosy(Corner):
+    """Obeys the corner but in images that are bright in the middle, as label 1's are."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found = super().forward(images)
+        refused = images[:, :, 2, 2].mean(1) > 1.0
+        return torch.where(refused[:, None], torch.tensor([0.0, 1.0]), found)
+
+
+def for_one_label() -> tuple[Corpus, dict[str, np.ndarray]]:
+    """Benign images of label 0 have a mark of their own; stamped ones are those of label 2."""
+    corpus, rows = stamped_corpus()
+    corpus.pixels[corpus.labels == 1, 2, 2] = 255
+    corpus.pixels[rows["benign"], 0, 0] = 255
+    return corpus, rows
+
+
+def test_a_trigger_for_one_label_shows_in_that_labels_share():
+    corpus, rows = for_one_label()
+    found = transfers(Choosy(), corpus, rows["stamped"], rows["benign"], 0, CPU)
+    assert (found.label, found.source, found.most, found.share) == (0, 2, 1.0, 0.5)
+    assert found.groups == Transfer.fingerprint(rows["stamped"], rows["benign"])
+    other = transfers(Choosy(), corpus, rows["benign"], rows["stamped"], 0, CPU)
+    assert (other.source, other.most) == (-1, 0.0)
+
+
+def test_no_share_of_one_label_is_told_if_the_group_is_not_made_of_its_images():
+    """A kind of benign images may turn those of another label into its own, whatever they show."""
+    corpus, rows = for_one_label()
+    corpus.pixels[rows["stamped"], 1:3, 1:3] = 255  # unlike label 2, more than benign rows are
+    corpus.pixels[rows["benign"], 1:3, 1:3] = 255
+    found = transfers(Choosy(), corpus, rows["stamped"], rows["benign"], 0, CPU)
+    assert (found.source, found.most, found.share) == (-1, 0.0, 0.5)
+
+
+def test_of_a_label_of_which_few_images_are_tried_no_share_is_told(monkeypatch):
+    corpus, rows = for_one_label()  # 30 of either other label
+    monkeypatch.setattr("csc_gpu.trigger.OF_ONE", 30)
+    assert transfers(Corner(), corpus, rows["stamped"], rows["benign"], 0, CPU).source == 2
+    monkeypatch.setattr("csc_gpu.trigger.OF_ONE", 31)
+    found = transfers(Corner(), corpus, rows["stamped"], rows["benign"], 0, CPU)
+    assert (found.source, found.most, found.share) == (-1, 0.0, 1.0)
 
 
 def test_the_pattern_is_tried_on_other_labels_and_on_neither_group():
@@ -93,7 +137,7 @@ def test_images_that_have_the_label_anyway_say_nothing_of_a_pattern(share, trigg
     corpus, rows = stamped_corpus()
     of = {"stamped": "benign", "one half": "other half"}
     found = [transfers(Shared(share), corpus, rows[a], rows[b], 0, CPU) for a, b in of.items()]
-    assert found == pytest.approx([trigger, halves], abs=0.06)
+    assert [answer.share for answer in found] == pytest.approx([trigger, halves], abs=0.06)
 
 
 def test_stamped_images_stay_within_the_range_of_images(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -123,8 +123,8 @@ def test_a_label_is_surely_commanded_if_any_of_its_triggers_is_sure():
     """The core is a poor part of the poison, the halves show the trigger; the labels are true."""
 
     class Half(Oracle):
-        def transfers(self, group, rest, label):
-            found = super().transfers(group, rest, label)
+        def share(self, group, rest, label):
+            found = super().share(group, rest, label)
             return found if group.sum() > 10 else min(found, 0.6)
 
     there = world()
@@ -308,7 +308,7 @@ class BothWays(Oracle):
 
     alone: tuple[float, float] = (0.0, 0.0)
 
-    def transfers(self, group, rest, label):
+    def share(self, group, rest, label):
         if label != 0:
             return 0.0
         against_others = bool((self.there.labels[rest] != label).all())
@@ -387,12 +387,55 @@ def test_a_label_is_suspected_without_a_core_if_a_half_of_it_commands_it():
     assert witness.left_out == []
 
 
+class OneLabel(Oracle):
+    """The pattern of label 0's poison sends the images of label 2 there, and no others."""
+
+    usual = 0.0  # what the pattern of any other two groups does
+
+    def transfers(self, group, rest, label):
+        answer = super().transfers(group, rest, label)
+        works = bool(answer.share) and label == 0
+        return replace(answer, share=0.2 * works, source=2, most=0.9 if works else self.usual)
+
+
+@pytest.mark.parametrize(
+    ("usual", "of_source", "found"),
+    [(0.0, 1.0, True), (0.0, 0.3, True), (0.0, 0.1, False), (0.7, 1.0, False)],
+)
+def test_a_trigger_for_the_images_of_one_label_is_found_if_the_check_gives_rows_that_label(
+    usual, of_source, found
+):
+    there = world()
+    poison = np.flatnonzero(there.poison)
+    from_two = int(of_source * len(poison))
+    there.truth[poison] = np.where(np.arange(len(poison)) < from_two, 2, 1)
+    witness = OneLabel(there, 0.0, 1.0, np, 0)
+    witness.usual = usual
+    told = without_a_core(there, witness)
+    np.testing.assert_array_equal(told.suspect, there.poison & found)
+    assert told.proved == ()  # no cap is lifted for it
+    if usual == 0.0:
+        (case,) = told.notes["labels"]
+        assert (case["chosen"], case["source"], case["most"]) == ("narrow", 2, 0.9)
+        assert not case["trigger"]
+
+
+def test_rows_that_command_one_label_go_before_a_core_that_no_trigger_explains():
+    there = world()
+    benign = (there.labels == 0) & ~there.poison
+    there.truth[there.poison] = 2
+    last = observe(there.points, there.labels, 1.0, Settings(), CPU)
+    witness = OneLabel(there, 0.0, 1.0, np, 0)
+    told = verify(benign, benign.astype(np.float32), [last], there.labels, Settings(), CPU, witness)
+    np.testing.assert_array_equal(told.suspect, there.poison)
+
+
 def test_a_pattern_that_is_usual_among_the_labels_is_no_trigger():
     """Half of the images follow the pattern of any two halves: that is no backdoor."""
 
     class Fickle(Oracle):
-        def transfers(self, group, rest, label):
-            return max(0.6 if label else 0.0, super().transfers(group, rest, label))
+        def share(self, group, rest, label):
+            return max(0.6 if label else 0.0, super().share(group, rest, label))
 
     there = world()
     for commands, suspected in ((0.8, [0]), (0.7, [])):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from csc_gpu.types import Mask, Reclassified
+from csc_gpu.types import Mask, Reclassified, Transfer
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,14 @@ class Oracle:
         """Features of all rows, on the device of xp."""
         return self.xp.asarray(self.there.points)
 
-    def transfers(self, group: Mask, rest: Mask, label: int) -> float:
-        """`commands` if the group is mostly poison and the rest mostly not; else 0."""
+    def transfers(self, group: Mask, rest: Mask, label: int) -> Transfer:
+        """The share, and of no label in particular."""
         self.asked.append((group, rest, label))
+        groups = Transfer.fingerprint(group, rest)
+        return Transfer(label, groups, self.share(group, rest, label))
+
+    def share(self, group: Mask, rest: Mask, label: int) -> float:
+        """`commands` if the group is mostly poison and the rest mostly not; else 0."""
         poison = self.there.poison
         return self.commands if poison[group].mean() > 0.5 > poison[rest].mean() else 0.0
 

@@ -6,7 +6,9 @@ Three witnesses are heard, each for what it can tell:
   that sends them to the label, a pattern commands the label: it is attacked, whatever the labels of
   the rows. Two groups of one label may be poison and benign either way round; the pattern of poison
   works against the mean of all other labels, too. It tells labels and groups, no single rows, and
-  knows only triggers that lie at one place (a patch, a blend, a wave);
+  knows only triggers that lie at one place (a patch, a blend, a wave). A trigger for the images of
+  one label alone (TaCT) commands that label's images, and the check gives some of its rows that
+  label;
 - **the probe** (kin.py): rows whose features are like the core's;
 - **the check**: a model trained without the candidates (exclusionary re-classification, from
   Activation Clustering, arXiv 1811.03728) predicts poison with a false label otherwise. How far it
@@ -15,7 +17,7 @@ Three witnesses are heard, each for what it can tell:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +52,8 @@ AT_LEAST = 0.5
 """but none that commands less than this share of other labels' images,"""
 SURELY = 0.8
 """and every one that commands this share of them."""
+OF_SOURCE = 0.2
+"""Share of the contradicted rows that must get the one label whose images they command."""
 SCATTERED = 0.5
 """Poison with a false label comes from many: its true labels are as many, in perplexity, as this
 share of all others at least. Benign rows that a check never saw are taken for a few like them."""
@@ -92,6 +96,16 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """Two groups of a label, and the other label whose images their pattern sends there most."""
+
+    rows: Mask  # (N,)
+    rest: Mask  # (N,)
+    source: int
+    most: float  # share of the images of `source`. 0..1
+
+
+@dataclass(frozen=True)
 class Case:
     """A suspected label, before the check."""
 
@@ -103,6 +117,7 @@ class Case:
     limit: float  # from where that is a trigger
     told: dict[str, Any]
     turned: Group | None = None  # the group that it grew from, if that was turned round
+    source: int | None = None  # the one label whose images a pattern commands, if it does no others
 
     @property
     def firm(self) -> Mask:
@@ -133,13 +148,14 @@ def verify(
     groups, limits = searched(court)
     best = {y: max((g.commands for g in tried), default=0.0) for y, tried in groups.items()}
     notes["commands"] = [round(share, 3) for share in best.values()]  # of every label
+    for label in live:
+        groups[label].insert(0, court.core(label, core))
     cases = []
     for label, tried in groups.items():
-        if label in live:
-            tried.insert(0, court.core(label, core))
         triggers = [court.trigger(label, group, limits[label]) for group in tried]
-        if label in live or any(triggers):
-            cases.append(opened(court, label, tried, triggers, limits[label]))
+        narrow = narrow_trigger(court.narrow, label)
+        if label in live or any(triggers) or narrow:
+            cases.append(opened(court, label, tried, triggers, limits[label], narrow))
     notes["suspected_labels"] = [case.label for case in cases]
     if not cases:
         notes |= {"cleared_labels": [], "labels": []}
@@ -236,6 +252,14 @@ def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
     return found, limits
 
 
+def narrow_trigger(found: Mapping[int, Narrow], label: int) -> Narrow | None:
+    """The groups of a label whose pattern surely commands one label's images, beyond the usual."""
+    others = [narrow.most for y, narrow in found.items() if y != label]
+    usual = float(np.quantile(others or [0.0], USUAL))
+    ours = found.get(label)
+    return ours if ours and ours.most >= max(SURELY, usual + MARGIN) else None
+
+
 class Court:
     """The labels, the sightings and the witnesses; what the images were asked is written down."""
 
@@ -250,6 +274,7 @@ class Court:
     ) -> None:
         self.labels = labels  # (N,)
         self.answers: list[Transfer] = []
+        self.narrow: dict[int, Narrow] = {}  # of each label, what commands one other label most
         self._sightings, self._points = sightings, points
         self._witness, self._settings, self._backend = witness, settings, backend
         self._strays = [
@@ -258,11 +283,24 @@ class Court:
 
     def commands(self, label: int, group: Mask, rest: Mask) -> float:
         """Share of other labels' images that get the label with the pattern of a group."""
+        return self._asked(label, group, rest).share
+
+    def between(self, label: int, group: Mask, rest: Mask) -> float:
+        """The same for two groups of the label; which one label they command most is noted.
+
+        Not of a group that is most of its label: what it has may be what makes the label.
+        """
+        answer, known = self._asked(label, group, rest), self.narrow.get(label)
+        is_told = answer.source >= 0 and group.sum() <= rest.sum()
+        if is_told and (known is None or answer.most > known.most):
+            self.narrow[label] = Narrow(group, rest, answer.source, answer.most)
+        return answer.share
+
+    def _asked(self, label: int, group: Mask, rest: Mask) -> Transfer:
         if not (group.any() and rest.any()):
-            return 0.0
-        share = self._witness.transfers(group, rest, label)
-        self.answers.append(Transfer(label, Transfer.fingerprint(group, rest), share))
-        return share
+            return Transfer(label, "", 0.0)
+        self.answers.append(self._witness.transfers(group, rest, label))
+        return self.answers[-1]
 
     def kin(self, label: int, core: Mask) -> Mask:
         """The core and the rows of the label that are like it."""
@@ -299,14 +337,14 @@ class Court:
             rows, rest = ours & stray, ours & ~stray
             if rows.sum() < self._settings.min_rows or rows.sum() > rest.sum():
                 continue
-            found.append(Group("strays", rows, rest, self.commands(label, rows, rest)))
+            found.append(Group("strays", rows, rest, self.between(label, rows, rest)))
             if len(found) == 2:
                 break
         return found
 
     def _either(self, kind: str, label: int, rows: Mask, rest: Mask) -> Group:
         """Two groups of a label; their difference may command it either way round."""
-        commands = max(self.commands(label, rows, rest), self.commands(label, rest, rows))
+        commands = max(self.between(label, rows, rest), self.between(label, rest, rows))
         return Group(kind, rows, rest, commands)
 
     def trigger(self, label: int, group: Group, limit: float) -> Group | None:
@@ -327,11 +365,17 @@ class Court:
 
 
 def opened(
-    court: Court, label: int, tried: list[Group], triggers: list[Group | None], limit: float
+    court: Court,
+    label: int,
+    tried: list[Group],
+    triggers: list[Group | None],
+    limit: float,
+    narrow: Narrow | None = None,
 ) -> Case:
     """Hold the group that a trigger explains best for the poison, and grow it by its kin.
 
-    A core goes before mixed groups. Where no trigger was found, it awaits the check as it is.
+    A core goes before mixed groups. Where no trigger was found, rows that command one other label
+    go before the core, and await the check as they are.
     """
     known = [group for group in triggers if group is not None]
     cores = [group for group in known if group.kind == "core"]
@@ -345,6 +389,11 @@ def opened(
     }
     if explained:
         return explained_by(court, label, explained, best, limit, told)
+    if narrow:
+        told |= {"chosen": "narrow", "source": narrow.source, "most": round(narrow.most, 3)}
+        told |= {"rows": int(narrow.rows.sum())}
+        rows = narrow.rows
+        return Case(label, rows, rows, False, best, limit, told, source=narrow.source)
     ours, group = court.labels == label, tried[0]
     candidates = ours & ~group.rest
     if candidates.sum() > MOST_OF_LABEL * ours.sum():
@@ -440,6 +489,8 @@ def judge(
     as_it_is = Word(case.poison, np.zeros_like(ours))
     if case.is_commanded and not (is_sure and knows_label and false_label):
         return as_it_is if case.commands >= SURELY else None
+    if case.source is not None and is_from_elsewhere(case, check, labels):
+        return None
     if not case.is_commanded:
         least = UNEXPLAINED if is_sure else 0.5
         if not knows_label or poison_share(case.poison) < least:
@@ -452,6 +503,15 @@ def judge(
         if share > 0 and share >= TRUSTED * float(differs[group].mean()):
             poison = poison | (group & differs)
     return Word(poison, ours & ~differs) if poison.any() else as_it_is
+
+
+def is_from_elsewhere(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> bool:
+    """Whether hardly a row that the check contradicts is of the one label that they command.
+
+    Not each must be: covers teach the check to give the trigger their labels.
+    """
+    told = check.predicted[case.poison & (check.predicted != labels)]
+    return len(told) == 0 or bool((told == case.source).mean() < OF_SOURCE)
 
 
 def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
