@@ -24,9 +24,9 @@ from csc_gpu.types import Reclassified, Transfer
 from tests.worlds import Oracle, oracle, world
 
 CPU = open_backend("cpu", 1)
-LABELS = np.zeros(400, np.int64)
-ROW = np.arange(400)
-POISON, REST, CONTROLS = ROW < 100, (ROW >= 100) & (ROW < 200), ROW >= 300
+ROW = np.arange(404)
+LABELS = np.maximum(0, ROW - 399)  # 400 rows of label 0, one of each of four others
+POISON, REST, CONTROLS = ROW < 100, (ROW >= 100) & (ROW < 200), (ROW >= 300) & (ROW < 400)
 
 
 def told_of(there, witness, **changes):
@@ -37,13 +37,33 @@ def told_of(there, witness, **changes):
 
 def held(differs, *, candidates=POISON, commanded=False, commands=1.0):
     """What is held of the first hundred rows if the check differs on these rows."""
-    predicted = np.where(differs, LABELS + 1, LABELS)
+    predicted = np.where(differs, 1 + ROW % 4, LABELS)
     case = Case(0, POISON, candidates, commanded, commands, 0.5, {})
     word = judge(case, LABELS, Reclassified(candidates, CONTROLS, predicted), Settings())
     return word and word.poison
 
 
 # ------------------------------------------------------------------------------------------- judge
+
+
+@pytest.mark.parametrize(
+    ("rows", "kinds", "commanded", "is_poison"),
+    [
+        (134, 1, False, False),  # a third of label 0, and all of one other label
+        (134, 2, False, True),  # of two of four
+        (133, 1, False, True),
+        (134, 1, True, True),
+    ],
+)
+def test_a_large_part_of_a_label_is_no_poison_if_a_check_takes_it_for_few_labels(
+    rows, kinds, commanded, is_poison
+):
+    """Benign rows that were left out as a whole, and clean-label poison is what was learnt."""
+    part = np.arange(len(LABELS)) < rows
+    predicted = np.where(part, 1 + ROW % kinds, LABELS)
+    case = Case(0, part, part, commanded, 0.9, 0.5, {})
+    word = judge(case, LABELS, Reclassified(part, CONTROLS, predicted), Settings())
+    assert (word is not None and (word.poison == part).all()) == is_poison
 
 
 def test_rows_the_model_trained_on_are_not_added_because_it_errs_now_and_then():
@@ -89,11 +109,11 @@ def test_a_label_that_keeps_its_rows_is_cleared_unless_a_pattern_commands_it():
     assert held(ROW < 90) is not None
     assert held(ROW < 70, commanded=True) is not None
     np.testing.assert_array_equal(held(differs, commanded=True), POISON)
-    np.testing.assert_array_equal(held(np.zeros(400, bool), commanded=True), POISON)
+    np.testing.assert_array_equal(held(np.zeros(404, bool), commanded=True), POISON)
 
 
 def test_a_sure_check_that_confirms_the_label_clears_it_unless_it_is_surely_commanded():
-    nowhere = np.zeros(400, bool)
+    nowhere = np.zeros(404, bool)
     assert held(nowhere, commanded=True, commands=0.79) is None
     np.testing.assert_array_equal(held(nowhere, commanded=True, commands=0.8), POISON)
 
@@ -145,7 +165,7 @@ def test_what_a_check_confirms_counts_if_it_is_sure_and_the_label_false():
         check = Reclassified(POISON, CONTROLS, np.where(differs, LABELS + 1, LABELS))
         return judge(case, LABELS, check, Settings()).confirmed
 
-    np.testing.assert_array_equal(confirmed(ROW < 90), ROW >= 90)
+    np.testing.assert_array_equal(confirmed(ROW < 90), (ROW >= 90) & (LABELS == 0))
     assert not confirmed(ROW < 40).any()  # poison whose labels are true, it may be
     assert not confirmed((ROW < 90) | (CONTROLS & (ROW % 3 == 0))).any()
 

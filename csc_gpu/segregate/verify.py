@@ -52,6 +52,8 @@ AT_LEAST = 0.5
 """but none that commands less than this share of other labels' images,"""
 SURELY = 0.8
 """and every one that commands this share of them."""
+LARGE = 1 / 3
+"""Share of a label from which left-out rows may be benign ones that the check has no idea of."""
 OF_SOURCE = 0.2
 """Share of the contradicted rows that must get the one label whose images they command."""
 SCATTERED = 0.5
@@ -491,6 +493,8 @@ def judge(
         return as_it_is if case.commands >= SURELY else None
     if case.source is not None and is_from_elsewhere(case, check, labels):
         return None
+    if not case.is_commanded and may_be_unseen(case, check, labels):
+        return None
     if not case.is_commanded:
         least = UNEXPLAINED if is_sure else 0.5
         if not knows_label or poison_share(case.poison) < least:
@@ -512,6 +516,16 @@ def is_from_elsewhere(case: Case, check: Reclassified, labels: NDArray[np.int64]
     """
     told = check.predicted[case.poison & (check.predicted != labels)]
     return len(told) == 0 or bool((told == case.source).mean() < OF_SOURCE)
+
+
+def may_be_unseen(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> bool:
+    """Whether rows that nothing but the check speaks against may be benign ones it never saw.
+
+    Such are a large part of their label, and the check takes them for the few labels like them.
+    """
+    share = case.candidates.sum() / (labels == case.label).sum()
+    is_large = case.source is None and share > LARGE
+    return bool(is_large and scattered(case, check, labels) < SCATTERED)
 
 
 def suspected_labels(labels: NDArray[np.int64], core: Mask, settings: Settings) -> list[int]:
