@@ -32,6 +32,8 @@ from csc_gpu.errors import CorpusError, Terminated
 
 PATIENCE = 8.0
 """Seconds that a run asked to stop has to reach the end of a step; then it stops where it is."""
+AGAIN = 0.5
+"""Seconds until it is stopped once more: who survives any fault of an image survived that, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +162,9 @@ class Folder:
             return
 
         def asked(number: int, frame: object) -> None:
+            if not self._asked_to_stop:  # who asks again does not grant more time
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE, AGAIN)
             self._asked_to_stop = True
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
         def late(number: int, frame: object) -> None:
             raise Terminated("terminated")

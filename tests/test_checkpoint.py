@@ -157,6 +157,29 @@ def test_sigterm_asks_for_a_last_record(tmp_path: Path, monkeypatch):
         work()
 
 
+def test_sigterm_ends_what_survives_any_exception_however_often_it_comes(
+    tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
+    monkeypatch.setattr(checkpoint, "AGAIN", 0.05)
+
+    def look_at_headers() -> None:
+        with Folder(tmp_path, minutes=99).heeding_sigterm():
+            survived = 0
+            while survived < 1:
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.1)
+                except Exception:  # as when a decoder is fed with anything
+                    survived += 1
+            time.sleep(5)
+
+    start = time.monotonic()
+    with pytest.raises(Terminated):
+        look_at_headers()
+    assert time.monotonic() - start < 3
+
+
 # --- training -------------------------------------------------------------------------------------
 
 
