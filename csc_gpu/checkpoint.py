@@ -32,6 +32,8 @@ from csc_gpu.errors import CorpusError, Terminated
 
 PATIENCE = 8.0
 """Seconds that a run asked to stop has to reach the end of a step; then it stops where it is."""
+AGAIN = 0.5
+"""Seconds until it is stopped once more: who survives any fault of an image survived that, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,16 @@ class Record:
     facts: Mapping[str, Any]  # JSON
 
 
+class Held(dict[str, Any]):
+    """What a record holds: asked for something else it raises CorpusError."""
+
+    def __missing__(self, name: str) -> Any:
+        raise CorpusError(
+            f"the checkpoint lacks {name!r}: it is damaged, or of another version; begin anew with "
+            "--force"
+        )
+
+
 def to_bytes(record: Record) -> bytes:
     """A record as one safetensors file."""
     whole = {key: tensor.cpu().contiguous() for key, tensor in record.tensors.items()}
@@ -61,11 +73,11 @@ def to_bytes(record: Record) -> bytes:
 
 
 def from_bytes(content: bytes) -> Record:
-    """What `to_bytes` made; raises SafetensorError, KeyError or ValueError for anything else."""
+    """What `to_bytes` made; else raises SafetensorError, KeyError, TypeError or ValueError."""
     tensors = load(content)
     length = int.from_bytes(content[:8], "little")  # of the header, which safetensors has checked
     header = json.loads(content[8 : 8 + length])
-    return Record(tensors, json.loads(header["__metadata__"]["facts"]))
+    return Record(Held(tensors), Held(json.loads(header["__metadata__"]["facts"])))
 
 
 def fingerprint(rows: NDArray[np.int64]) -> str:
@@ -120,7 +132,7 @@ class Folder:
             return None
         try:
             return from_bytes(path.read_bytes())
-        except (OSError, SafetensorError, KeyError, ValueError) as fault:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as fault:
             raise CorpusError(
                 f"cannot read the checkpoint {path}: {fault}; remove that file to do its part "
                 "again, or begin anew with --force"
@@ -160,8 +172,9 @@ class Folder:
             return
 
         def asked(number: int, frame: object) -> None:
+            if not self._asked_to_stop:  # who asks again does not grant more time
+                signal.setitimer(signal.ITIMER_REAL, PATIENCE, AGAIN)
             self._asked_to_stop = True
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
         def late(number: int, frame: object) -> None:
             raise Terminated("terminated")

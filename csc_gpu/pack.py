@@ -36,6 +36,7 @@ def write(folder: Path, split: Split, shard_bytes: int, log: Log) -> int:
     Raises CorpusError for an image that cannot be read, OutputError where the disk gives back other
     bytes than it was given.
     """
+    _require_listable(split.train.classes)
     shards: list[dict[str, Any]] = []
     columns: dict[str, list[NDArray[np.int64]]] = {name: [] for name in packed.COLUMNS}
     n_rows = len(split.train) + len(split.test)
@@ -71,6 +72,17 @@ def write(folder: Path, split: Split, shard_bytes: int, log: Log) -> int:
     (folder / packed.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _require_same(split, packed.open_packed(folder, log))
     return len(shards)
+
+
+def _require_listable(classes: tuple[str, ...]) -> None:
+    """Raises CorpusError for a class that classes.txt cannot name on a line of its own."""
+    for name in classes:
+        is_utf8 = name.encode(errors="replace").decode() == name
+        if not is_utf8 or name.strip().splitlines() != [name]:
+            raise CorpusError(
+                f"class {name!r} cannot stand in {CLASS_LIST}: rename it, in UTF-8, without line "
+                "ends or spaces around it"
+            )
 
 
 def encoded_bytes(corpus: Corpus) -> int:

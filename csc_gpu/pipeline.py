@@ -256,7 +256,8 @@ def train(
         run.check_apart(reserve, out)
     if resume and (out / "summary.json").exists() and not run.partial_of(out).exists():
         done = read_summary(out)
-        return f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
+        told = f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
+        return told if backend.ranks.is_first else ""
     how: dict[str, Any] = {"defense": defense, "seed": seed}
     how |= {"settings": settings, "backend": backend}
     if not backend.ranks.is_first:

@@ -162,9 +162,9 @@ def partial_of(out: Path) -> Path:
 @contextmanager
 def _alone(partial: Path, kind: Kind) -> Iterator[None]:
     """No second process writes there; the kernel forgets the lock of one that was killed."""
-    if not partial.exists():
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / OURS).write_text(kind.command + "\n", encoding="utf-8")
+    partial.mkdir(parents=True, exist_ok=True)
+    if not _contents(partial):  # new, or someone was ended before the mark was there
+        _mark(partial, kind)
     if sys.platform == "win32":
         yield
         return
@@ -248,7 +248,7 @@ def _begin(partial: Path, kind: Kind, *, force: bool, resume: bool) -> None:
     """Empty the partial directory, unless what an interrupted run of ours left is gone on with."""
     if not (partial / OURS).exists():
         raise OutputError(f"{partial} is in the way and is not ours; move it")
-    if resume:
+    if resume and _is_ours(partial, kind):
         return
     if (partial / CHECKPOINTS).exists() and not force:
         raise OutputError(
@@ -259,6 +259,11 @@ def _begin(partial: Path, kind: Kind, *, force: bool, resume: bool) -> None:
             shutil.rmtree(path)
         elif path.name != OURS:
             path.unlink()
+    _mark(partial, kind)  # another command's may have been there
+
+
+def _mark(folder: Path, kind: Kind) -> None:
+    (folder / OURS).write_text(kind.command + "\n", encoding="utf-8")
 
 
 def _kept(partial: Path) -> str:

@@ -24,7 +24,7 @@ from csc_gpu.backend.passes import Portion, batches_in
 from csc_gpu.backend.ranks import Forward
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, fingerprint
 from csc_gpu.config import require
-from csc_gpu.errors import CorpusError
+from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.models import KNOWN, entry, is_known
 from csc_gpu.types import Corpus
 
@@ -80,6 +80,10 @@ class Budget:
     def steps(self) -> int:
         """Optimiser steps in all."""
         return self.epochs * self.steps_per_epoch
+
+
+FEWEST = 2
+"""Images of a batch that every rank needs: BatchNorm has nothing to normalise over one."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,7 @@ def train(
     rows = np.arange(len(corpus)) if rows is None else rows
     name = f"{name}-{fingerprint(rows)}"
     plan = budget(len(rows), settings)
+    require_shared(plan, len(rows), backend.ranks.world)
     shift = round(settings.shift * corpus.image_size[0])
     augment = Augment(shift=shift, flip=settings.flip)
     learning = [weight for weight in model.parameters() if weight.requires_grad]
@@ -209,6 +214,16 @@ def train(
                 facts = {"step": step, "lr": lr, "random": state}
                 kept.save(name, partial(record, model, optimiser, loss.detach(), facts))
             yield Moment(step, step / plan.steps_per_epoch, loss.detach(), lr, plan, len(rows))
+
+
+def require_shared(budget: Budget, n_rows: int, world: int) -> None:
+    """Raises ConfigError if a batch would leave a rank too few images to learn from."""
+    smallest = n_rows // budget.steps_per_epoch
+    if world > 1 and smallest < FEWEST * world:
+        raise ConfigError(
+            f"batches of {smallest} images are too small for {world} ranks, each of which needs "
+            f"{FEWEST}; raise train.batch, or start fewer"
+        )
 
 
 def usual_optimiser(settings: Settings, backend: Backend) -> Optimiser:

@@ -19,7 +19,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from csc_gpu import checkpoint, csc, run, segregate
+from csc_gpu import checkpoint, csc, pipeline, run, segregate
 from csc_gpu.backend import Augment, loader, open_backend, resident
 from csc_gpu.backend.passes import Portion
 from csc_gpu.checkpoint import NOWHERE, Folder, Record
@@ -27,6 +27,7 @@ from csc_gpu.cli import cli
 from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError, Terminated
 from csc_gpu.files import Files
 from csc_gpu.models import new_model
+from csc_gpu.progress import Console
 from csc_gpu.train import Settings, train
 from csc_gpu.types import Corpus, DefenderView, Outcome
 from tests.test_csc import settings_of
@@ -121,6 +122,16 @@ def test_weights_of_someone_else_are_no_record(tmp_path: Path):
         Folder(tmp_path, minutes=1).load("a")
 
 
+def test_a_record_that_lacks_something_says_so_when_it_is_asked(tmp_path: Path):
+    kept = Folder(tmp_path, minutes=1)
+    kept.save("run", lambda: Record({}, {}))
+    with pytest.raises(CorpusError, match=r"lacks 'starts': .* --force"):
+        pipeline.count_start(kept, {}, Console())
+    kept.save("run", lambda: Record({}, [1]))  # type: ignore[arg-type]
+    with pytest.raises(CorpusError, match="cannot read the checkpoint"):
+        kept.load("run")
+
+
 def test_a_checkpoint_is_due_after_the_minutes_since_the_last(tmp_path: Path):
     now = [100.0]
     kept = Folder(tmp_path, minutes=2, now=lambda: now[0])
@@ -155,6 +166,29 @@ def test_sigterm_asks_for_a_last_record(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(checkpoint, "PATIENCE", 0.05)
     with pytest.raises(Terminated):
         work()
+
+
+def test_sigterm_ends_what_survives_any_exception_however_often_it_comes(
+    tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.2)
+    monkeypatch.setattr(checkpoint, "AGAIN", 0.05)
+
+    def look_at_headers() -> None:
+        with Folder(tmp_path, minutes=99).heeding_sigterm():
+            survived = 0
+            while survived < 1:
+                try:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.1)
+                except Exception:  # as when a decoder is fed with anything
+                    survived += 1
+            time.sleep(5)
+
+    start = time.monotonic()
+    with pytest.raises(Terminated):
+        look_at_headers()
+    assert time.monotonic() - start < 3
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -8,16 +8,24 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
-from csc_gpu.backend import Augment, open_backend, resident
+from csc_gpu import run
+from csc_gpu.backend import Augment, cpu, open_backend, ranks, resident
 from csc_gpu.backend.passes import Portion, even_parts
 from csc_gpu.backend.ranks import ALONE, Ranks
 from csc_gpu.checkpoint import Record
+from csc_gpu.cli import cli
+from csc_gpu.errors import ConfigError
+from csc_gpu.train import Settings as Training
+from csc_gpu.train import budget, require_shared
 
 CPU = open_backend("cpu", 1)
 needs_gloo = pytest.mark.skipif(
@@ -70,6 +78,48 @@ def test_alone_nothing_is_sent():
     ALONE.add_up(tensor)
     ALONE.wait()
     assert tensor.tolist() == [1, 1, 1]
+
+
+def test_ranks_wait_for_the_first_longer_than_torch_would(monkeypatch):
+    began: list[dict[str, timedelta]] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, **how: began.append(how))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    ranks.joined()
+    assert began[0]["timeout"] > timedelta(hours=12)
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(cpu, "free_memory", lambda: 4096)
+    assert CPU.free_bytes() == 4096
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert CPU.free_bytes() == 1024
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(32, True), (30, False)])  # batches of 16, or of 15
+def test_batches_that_leave_a_rank_too_few_images_are_refused(rows: int, fits: bool):
+    settings = Training(model="resnet8", batch=16, min_steps=0, epochs=1)
+    plan = budget(rows, settings)
+    require_shared(plan, rows, 1)
+    with nullcontext() if fits else pytest.raises(ConfigError, match=r"of 15 images .* 8 ranks"):
+        require_shared(plan, rows, 8)
+
+
+def test_of_a_finished_run_the_first_rank_alone_speaks(tmp_path: Path):
+    words = ["train", "digits", "--out", tmp_path / "run", "--resume", "--cpu"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text(json.dumps(dict.fromkeys(run.NEEDED, 0) | DONE))
+    told = []
+    for rank in (0, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ranks, "joined", lambda rank=rank: Ranks(rank, 2))
+            told.append(CliRunner().invoke(cli, list(map(str, words))))
+    assert [done.exit_code for done in told] == [0, 0], told
+    assert "is finished: nothing" in told[0].output and not told[1].output
+
+
+DONE = {"verdict": "nothing"}
 
 
 # --- two processes --------------------------------------------------------------------------------

@@ -23,11 +23,13 @@ from csc_gpu.run import (
     OURS,
     Kind,
     Names,
+    check_free,
     fresh_directory,
     load_model,
     load_snapshots,
     load_suspects,
     names,
+    partial_of,
     plain,
     replay,
     save_model,
@@ -153,6 +155,32 @@ def test_what_an_interrupted_run_left_is_replaced_by_the_next(tmp_path: Path):
         (folder / "a").touch()
     assert contents(tmp_path / "run") == {"a": ""}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_another_command_left_there_is_replaced_and_the_result_is_ours(
+    tmp_path: Path, resume: bool
+):
+    out, other = tmp_path / "run", Kind("pack", frozenset({"a"}))
+    with pytest.raises(Interrupted):
+        stopped(out, "left", by=KeyboardInterrupt())
+    with fresh_directory(out, other, force=False, resume=resume) as folder:
+        (folder / "a").touch()
+    assert contents(out) == {"a": ""}
+    check_free(out, other, force=True)  # and may be replaced
+
+
+@pytest.mark.parametrize("mark", [None, ""])
+def test_who_was_ended_before_the_mark_was_written_can_begin_again(
+    tmp_path: Path, mark: str | None
+):
+    out = tmp_path / "run"
+    partial_of(out).mkdir()
+    if mark is not None:
+        (partial_of(out) / OURS).write_text(mark)
+    with fresh_directory(out, KIND, force=False, resume=True) as folder:
+        (folder / "a").touch()
+    check_free(out, KIND, force=True)
 
 
 def test_a_partial_directory_of_someone_else_is_not_touched(tmp_path: Path):

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tarfile
 import tracemalloc
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,28 @@ def test_a_broken_image_is_not_packed(tmp_path: Path) -> None:
     assert opened(out).train.ids.tolist() == [0, 1, 2, 3, *range(5, 12)]
 
 
+@pytest.mark.parametrize("name", [b"cat\ndog", b" cat", b"c\xff"])
+def test_a_class_that_no_list_of_classes_can_name_is_not_packed(
+    tmp_path: Path, name: bytes
+) -> None:
+    source, out = photos(tmp_path / "photos"), tmp_path / "out"
+    for part in ("train", "test"):
+        os.rename(source / part / "cat", os.fsencode(source / part) + b"/" + name)
+    (source / "train/pig").mkdir()
+    (source / "train/pig/1.png").write_bytes(image(1))
+    done = call("pack", source, out, "--skip-broken")
+    assert done.exit_code == 2 and "cannot stand in classes.txt" in done.output
+    assert not out.exists()
+
+
+def test_a_link_to_itself_is_a_broken_image(tmp_path: Path) -> None:
+    source = photos(tmp_path / "photos")
+    (source / "train/cat/loop.png").symlink_to("loop.png")
+    (source / "train/round").symlink_to("round")
+    done = call("pack", source, tmp_path / "out", "--skip-broken")
+    assert done.exit_code == 0 and "1 broken ones left out" in done.output
+
+
 def test_what_is_no_pack_of_ours_is_not_replaced(tmp_path: Path) -> None:
     source, out = photos(tmp_path / "photos"), tmp_path / "out"
     assert call("pack", source, out).exit_code == 0
@@ -247,6 +270,17 @@ def rows(**columns: Callable[[Any], Any]) -> Callable[[Path], None]:
     return edit
 
 
+def bomb(out: Path) -> None:
+    """A gigabyte of names in a megabyte, which nobody should begin to unpack."""
+    rows()(out)
+    path = out / packed.ROWS
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("more.npy", bytes(1 << 20))
+    vouched = json.loads((out / packed.MANIFEST).read_text())["table"]
+    vouched = packed.described(out, packed.ROWS, vouched["rows"])
+    told(lambda manifest: manifest.update(table=vouched))(out)
+
+
 HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (no_shard, "is missing"),
     "cut": (cut, "has 1024 bytes, not the"),
@@ -269,6 +303,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], None], str]] = {
     "short": (rows(paths=lambda a: a[:9]), "does not fit"),
     "dtype": (rows(row=lambda a: a.astype(float)), "does not fit"),
     "row twice": (rows(row=lambda a: a * 0), "names a row twice"),
+    "many names": (rows(paths=lambda a: np.zeros(1 << 20, np.uint8)), "does not fit"),
+    "bomb": (bomb, "does not fit"),
     "pickle": (rows(paths=lambda a: np.array([{}], object)), "nothing pickled"),
 }
 

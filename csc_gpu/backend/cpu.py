@@ -17,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from csc_gpu.backend import Decoder, Settings, Step
 from csc_gpu.backend.batches import Batches
-from csc_gpu.backend.ranks import ALONE, Ranks
+from csc_gpu.backend.ranks import ALONE, Ranks, local_world
 from csc_gpu.types import Array
 
 if sys.platform != "win32":
@@ -46,8 +46,9 @@ class CpuBackend(Batches):
         return f"{torch.backends.cpu.get_cpu_capability()}, {self.threads} threads"
 
     def free_bytes(self) -> int | None:
-        """See Backend.free_bytes: what can be taken without swapping, as Linux counts it."""
-        return free_memory()
+        """See Backend.free_bytes: what can be taken without swapping, shared among the ranks."""
+        free = free_memory()
+        return free if free is None else free // local_world()
 
     def peak_bytes(self) -> int | None:
         """See Backend.peak_bytes: resident, files that are mapped among them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 from torch import distributed
@@ -18,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from csc_gpu.checkpoint import Record, from_bytes, to_bytes
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+PATIENCE = timedelta(days=1)
+"""How long ranks wait for each other: the first clusters and checks alone. Torch's own half hour
+would end the run; a rank that has died is noticed at once."""
 
 
 class Ranks:
@@ -80,13 +84,19 @@ def joined() -> Ranks:
     if world == 1:
         return ALONE
     if not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if _has_gpus() else "gloo")
+        kind = "cpu:gloo,cuda:nccl" if _has_gpus() else "gloo"
+        distributed.init_process_group(kind, timeout=PATIENCE)
     return Ranks(distributed.get_rank(), distributed.get_world_size())
 
 
 def local_rank() -> int:
     """Which of the GPUs of its machine is this process's."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world() -> int:
+    """How many processes share this machine, its memory among them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _has_gpus() -> bool:

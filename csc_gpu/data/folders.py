@@ -69,7 +69,7 @@ def _has_classes(folder: Path) -> bool:
 def subfolders(folder: Path) -> list[str]:
     """The names of the folders in it, but for hidden ones."""
     with os.scandir(folder) as entries:
-        return [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
+        return [e.name for e in entries if _is_folder(e) and not e.name.startswith(".")]
 
 
 def images_in(folder: Path) -> list[str]:
@@ -81,8 +81,15 @@ def images_in(folder: Path) -> list[str]:
             for entry in entries
             if entry.name.lower().endswith(IMAGE_ENDINGS)
             and not entry.name.startswith(".")
-            and not entry.is_dir()
+            and not _is_folder(entry)
         ]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def images_below(folder: Path) -> Iterator[Path]:

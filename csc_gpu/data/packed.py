@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,18 +63,23 @@ def open_packed(folder: Path, log: Log = quiet) -> tuple[Corpus, Corpus]:
     for done, shard in enumerate((table, *shards)):
         _require_sound(folder, shard)
         log("hash", done=done, total=len(shards))
-    arrays = load_arrays(folder / ROWS, (*COLUMNS, "paths"))
     fault = CorpusError(f"{folder / ROWS} does not fit {folder / MANIFEST}; pack the corpus again")
+    if not _is_stored(folder / ROWS):
+        raise fault
+    arrays = load_arrays(folder / ROWS, (*COLUMNS, "paths"))
     columns = [arrays[name] for name in COLUMNS]
     n_rows = sum(shard.rows for shard in shards)
     if any(c.dtype != np.int64 or c.shape != (n_rows,) for c in columns):
         raise fault
     of, offset, size, label, row = columns
+    joined = arrays["paths"].tobytes()
+    if joined.count(b"\0") != n_rows - 1:
+        raise fault
     try:
-        paths = arrays["paths"].tobytes().decode(errors="surrogateescape").split("\0")
+        paths = joined.decode(errors="surrogateescape").split("\0")
     except UnicodeDecodeError as error:
         raise fault from error
-    if len(paths) != n_rows or not _fits(columns, shards, len(classes)):
+    if not _fits(columns, shards, len(classes)):
         raise fault
     is_test = np.array([shard.file.startswith("test/") for shard in shards])[of]
     files = Files(
@@ -88,6 +94,15 @@ def open_packed(folder: Path, log: Log = quiet) -> tuple[Corpus, Corpus]:
            for part in parts):  # fmt: skip
         raise CorpusError(f"{folder / ROWS} names a row twice; pack the corpus again")
     return parts
+
+
+def _is_stored(path: Path) -> bool:
+    """Whether the arrays are as large as the file says: compressed, they could be of any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _fits(columns: list[NDArray[np.int64]], shards: list[Shard], n_classes: int) -> bool:
