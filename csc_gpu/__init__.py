@@ -5,7 +5,7 @@ The command line is `csc-gpu`; the method is in `csc_gpu.csc`, where a reader st
     from csc_gpu import defend
 
     outcome = defend("photos/", cpu=True)
-    outcome.segregation.suspect  # (N,) bool
+    outcome.suspects  # file names; outcome.segregation.suspect: (N,) bool
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ def defend(
     """Train on a possibly poisoned source, as csc-gpu train does; nothing is written.
 
     `changes` are settings by name, as {"train.model": "resnet18"}. Rows are those of the source's
-    training part. Raises a CscError that says what is wrong with the source, a setting or the
-    machine.
+    training part, and outcome.suspects names their files. Raises a CscError that says what is wrong
+    with the source, a setting or the machine.
     """
     settings = override(csc.Settings(), dict(changes or {}))
     backend = open_backend("cpu" if cpu else "gpu", threads, settings.gpu)

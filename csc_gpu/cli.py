@@ -441,21 +441,25 @@ def score(run: Path, key: Path, cpu: bool) -> None:
 @cli.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True)
+@click.option(
+    "--recovered", is_flag=True, help="Also name what is rejected, by the net of train --recover."
+)
 @click.option("--jsonl", is_flag=True, help="A JSON object a line, with all probabilities.")
 @click.option("--cpu", is_flag=True, help="Use the processor, whatever the run used.")
-def predict(run: Path, images: tuple[str, ...], jsonl: bool, cpu: bool) -> None:
+def predict(run: Path, images: tuple[str, ...], **how: bool) -> None:
     """Say what the model of RUN sees in IMAGES: label and probability, or rejected: trigger.
 
     IMAGES are files, folders (all images below them), or - for paths on stdin, one a line. Every
     image gets its line, in order; one that cannot be read gets `error: ` and the reason, and the
-    exit status is then 2.
+    exit status is then 2. With --recovered every image gets its true class from the net that has
+    learnt from no suspect, and `rejected: trigger` comes last where the model of RUN says so.
     """
     from csc_gpu import pipeline
 
     named: Iterable[str] = images
     if images == ("-",):
         named = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
-    for line in pipeline.predict(run, filter(None, named), jsonl=jsonl, cpu=cpu):
+    for line in pipeline.predict(run, filter(None, named), **how):
         click.echo(line)
 
 
@@ -463,6 +467,9 @@ def predict(run: Path, images: tuple[str, ...], jsonl: bool, cpu: bool) -> None:
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--format", "layout", required=True, help="safetensors, onnx or torchscript.")
+@click.option(
+    "--recovered", is_flag=True, help="The net of train --recover, without a virtual class."
+)
 @force
 def export_model(**what: Any) -> None:
     """Write the model of RUN to the file OUT for other tools, checked to give equal outputs.

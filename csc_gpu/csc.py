@@ -256,6 +256,7 @@ def conclude(
         clock.seconds,
         recovered,
         segregate.drawing(learnt.sightings, suspect, settings.segregate, backend),
+        corpus.paths,
     )
 
 

@@ -52,11 +52,12 @@ class Served(nn.Module):
         return logits.softmax(dim=1)
 
 
-def export(folder: Path, out: Path, layout: str) -> None:
+def export(folder: Path, out: Path, layout: str, *, recovered: bool = False) -> None:
     """Write the model of a run to `out`; it appears there only if it answers as the model does.
 
-    Raises ConfigError for an unknown format or one whose packages are missing, OutputError if the
-    file cannot be written or answers otherwise.
+    The concealed net, or the recovered one, which has no virtual class. Raises ConfigError for an
+    unknown format or one whose packages are missing, CorpusError for a run without such a net,
+    OutputError if the file cannot be written or answers otherwise.
     """
     if layout not in FORMATS:
         raise ConfigError(f"unknown format {layout!r}; there are {', '.join(FORMATS)}")
@@ -67,24 +68,24 @@ def export(folder: Path, out: Path, layout: str) -> None:
             f"{layout} needs {', '.join(missing)}; add them with: pip install 'csc-gpu[{layout}]'"
         )
     summary = run.read_summary(folder)
-    net = run.load_model(folder / "model.safetensors", summary, summary["n_outputs"])
+    net = run.load_net(folder, summary, recovered=recovered)
     served = Served(net).eval()
     height, width = summary["image_size"]
     images = trial(max(TRIED), height, width)
     partial = out.with_name(out.name + ".partial")
     with run.writing(out):
         try:
-            chosen.write(partial, served, torch.from_numpy(images), about(summary))
+            chosen.write(partial, served, torch.from_numpy(images), about(summary, net))
             check(chosen.read(partial), served, images, out)
             os.replace(partial, out)
         finally:
             partial.unlink(missing_ok=True)
 
 
-def about(summary: Mapping[str, Any]) -> dict[str, str]:
+def about(summary: Mapping[str, Any], net: Net) -> dict[str, str]:
     """What someone must know who has nothing but the file."""
     height, width = summary["image_size"]
-    virtual = [REJECTED] * (summary["n_outputs"] - summary["n_classes"])
+    virtual = [REJECTED] * (net.n_outputs - summary["n_classes"])
     return {
         "model": summary["model"],
         "classes": json.dumps([*summary["classes"], *virtual]),

@@ -2,7 +2,8 @@
 
 In scikit-learn's manner: `classes_` names the columns of `predict_proba`, and `predict` gives the
 likeliest of them. The virtual class is the last of them, REJECTED; a model that conceals nothing
-has none.
+has none. With the recovered net of a run made with `--recover`, that net names all images, and the
+concealed one stays on as the tripwire: it alone says which are rejected.
 """
 
 from __future__ import annotations
@@ -38,38 +39,57 @@ class Answer:
 
     path: str
     probabilities: NDArray[np.float32] | None  # one for each of classes_; None: see fault
+    rejected: bool = False  # it goes to the virtual class
     fault: str = ""
 
 
 class GuardedClassifier:
-    """A trained net of C classes and, if it conceals a trigger, the virtual one."""
+    """A trained net of C classes and, if it conceals a trigger, the virtual one.
+
+    Of two nets `recovered`, of C outputs, names images, and `model` says which are rejected.
+    """
 
     def __init__(
-        self, model: Net, classes: Iterable[str], image_size: tuple[int, int], backend: Backend
+        self,
+        model: Net,
+        classes: Iterable[str],
+        image_size: tuple[int, int],
+        backend: Backend,
+        recovered: Net | None = None,
     ) -> None:
         real = list(classes)
-        self.image_size, self._model, self._backend = image_size, model, backend
+        self.image_size, self._backend = image_size, backend
+        self._tripwire, self._naming = model, recovered or model
         self.n_classes = len(real)
-        self.classes_ = np.array(real + [REJECTED] * (model.n_outputs - len(real)))
+        self.classes_ = np.array(real + [REJECTED] * (self._naming.n_outputs - len(real)))
 
     @classmethod
-    def load(cls, folder: Path | str, *, cpu: bool = False) -> GuardedClassifier:
+    def load(
+        cls, folder: Path | str, *, cpu: bool = False, recovered: bool = False
+    ) -> GuardedClassifier:
         """The model of a finished run, on the machine that the run used or the processor.
 
-        Raises CorpusError if there is no such run, BackendUnavailable if its machine is not here.
+        With its recovered net, if that is wanted, to name the true class. Raises CorpusError if
+        there is no such run or net, BackendUnavailable if its machine is not here.
         """
         summary = run.read_summary(Path(folder))
         backend = open_backend("cpu" if cpu else summary["backend"])
-        path = Path(folder) / "model.safetensors"
-        model = run.load_model(path, summary, summary["n_outputs"]).to(backend.device)
+        model = run.load_net(Path(folder), summary).to(backend.device)
         height, width = summary["image_size"]
-        return cls(model, summary["classes"], (height, width), backend)
+        naming = None
+        if recovered:
+            naming = run.load_net(Path(folder), summary, recovered=True).to(backend.device)
+        return cls(model, summary["classes"], (height, width), backend, naming)
 
     def predict_proba(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The probability of each of classes_ for each image. (N, C) or (N, C + 1)
 
         images are (N, H, W, 3) or grey (N, H, W) uint8, of the run's image_size.
         """
+        return self._shares(self._naming, self._checked(images))
+
+    def _checked(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The images as RGB; raises CorpusError if they are others than predict_proba takes."""
         grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] in (1, 3))
         if not grey_or_rgb or images.dtype != np.uint8 or images.shape[1:3] != self.image_size:
             height, width = self.image_size
@@ -77,7 +97,7 @@ class GuardedClassifier:
                 f"images must be uint8 of shape (N, {height}, {width}, 3), got {images.dtype} "
                 f"{images.shape}; resize them as for training"
             )
-        return self._asked(rgb(images))
+        return rgb(images)
 
     def predict(self, images: NDArray[np.uint8]) -> NDArray[np.str_]:
         """The likeliest of classes_: a class name, or REJECTED. (N,)"""
@@ -86,8 +106,7 @@ class GuardedClassifier:
 
     def rejects(self, images: NDArray[np.uint8]) -> Mask:
         """Which images go to the virtual class. (N,) bool"""
-        virtual: Mask = self.predict_proba(images).argmax(axis=1) == self.n_classes
-        return virtual
+        return self._virtual(self._shares(self._tripwire, self._checked(images)))
 
     def answers(self, paths: Iterable[Path]) -> Iterator[Answer]:
         """An answer for each image file, in order, decoded and resized as for training."""
@@ -98,13 +117,23 @@ class GuardedClassifier:
             sound = [place for place in places if place not in faults]
             height, width = self.image_size
             pixels = decode(sound, height=height, width=width, decoder=self._backend.decoder)
-            found = iter(self._asked(pixels))
+            named = alarm = self._shares(self._tripwire, pixels)
+            if self._naming is not self._tripwire:
+                named = self._shares(self._naming, pixels)
+            found = zip(named, self._virtual(alarm).tolist(), strict=True)
             for place in places:
-                fault = faults.get(place, "")
-                yield Answer(str(place), None if fault else next(found), fault)
+                if place in faults:
+                    yield Answer(str(place), None, fault=faults[place])
+                else:
+                    yield Answer(str(place), *next(found))
 
-    def _asked(self, images: Any) -> NDArray[np.float32]:
-        """See predict_proba, of pixels (N, H, W, 3) that lie where the backend wants them."""
-        logits = torch.from_numpy(outputs(self._model, unlabelled(images), self._backend))
+    def _virtual(self, shares: NDArray[np.float32]) -> Mask:
+        """Which of the tripwire's answers (N, C) or (N, C + 1) are the virtual class. (N,)"""
+        virtual: Mask = shares.argmax(axis=1) == self.n_classes
+        return virtual
+
+    def _shares(self, net: Net, images: Any) -> NDArray[np.float32]:
+        """Probabilities of pixels (N, H, W, 3) that lie where the backend wants them."""
+        logits = torch.from_numpy(outputs(net, unlabelled(images), self._backend))
         probabilities: NDArray[np.float32] = logits.softmax(dim=1).numpy()
         return probabilities

@@ -23,6 +23,6 @@ def cell(text: str) -> str:
     return f"'{text}" if is_formula else text
 
 
-def plain(cell: str) -> str:
-    """The text of which `cell` made this."""
-    return cell.removeprefix("'")
+def plain(text: str) -> str:
+    """The text of which `cell` made this; any other as it is, as 'tis."""
+    return text[1:] if text[:1] == "'" and cell(text[1:]) == text else text

@@ -30,7 +30,7 @@ from csc_gpu.defenses import DEFENSES, RESERVE, Entry
 from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError
 from csc_gpu.export import TRIED, export
 from csc_gpu.features import width
-from csc_gpu.guarded import Answer, GuardedClassifier
+from csc_gpu.guarded import REJECTED, Answer, GuardedClassifier
 from csc_gpu.harmless import printable
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
@@ -665,11 +665,10 @@ def recovered_score(
     folder: Path, summary: Mapping[str, Any], key: AnswerKey, backend: Backend
 ) -> evaluate.Score | None:
     """acc, asr and ra of the recovered net, over its C outputs; None if the run has none."""
-    path, n_classes = folder / "recovered.safetensors", summary["n_classes"]
-    if not path.exists():
+    if not (folder / "recovered.safetensors").exists():
         return None
-    model = run.load_model(path, summary, n_classes).to(backend.device)
-    return evaluate.accuracy_and_attack(model, key, n_classes, backend)
+    model = run.load_net(folder, summary, recovered=True).to(backend.device)
+    return evaluate.accuracy_and_attack(model, key, summary["n_classes"], backend)
 
 
 def joined(
@@ -717,12 +716,14 @@ def table(result: Mapping[str, Any]) -> str:
 # --- predict and export ---------------------------------------------------------------------------
 
 
-def predict(folder: Path, images: Iterable[str], *, jsonl: bool, cpu: bool) -> Iterator[str]:
+def predict(
+    folder: Path, images: Iterable[str], *, recovered: bool, jsonl: bool, cpu: bool
+) -> Iterator[str]:
     """A line for every image, in order, folders looked through: what the run's model says.
 
     Raises CorpusError after the last if any could not be read.
     """
-    model = GuardedClassifier.load(folder, cpu=cpu)
+    model = GuardedClassifier.load(folder, cpu=cpu, recovered=recovered)
     told = as_json if jsonl else as_line
     count, faults = 0, 0
     for answer in model.answers(named_images(images)):
@@ -742,26 +743,30 @@ def named_images(names: Iterable[str]) -> Iterator[Path]:
 
 
 def as_line(answer: Answer, model: GuardedClassifier) -> str:
-    """path, label or REJECTED, probability, with tabs between; nothing in it moves a terminal."""
+    """path, label or REJECTED, probability, with tabs between; nothing in it moves a terminal.
+
+    Where the recovered net names what the tripwire rejects, REJECTED comes last.
+    """
     if answer.probabilities is None:
         return f"{on_a_line(answer.path)}\terror: {on_a_line(answer.fault)}"
     best = int(answer.probabilities.argmax())
     label, share = str(model.classes_[best]), answer.probabilities[best]
-    return f"{on_a_line(answer.path)}\t{on_a_line(label)}\t{share:.4f}"
+    alarm = f"\t{REJECTED}" if answer.rejected and best != model.n_classes else ""
+    return f"{on_a_line(answer.path)}\t{on_a_line(label)}\t{share:.4f}{alarm}"
 
 
 def as_json(answer: Answer, model: GuardedClassifier) -> str:
-    """path, label (null if rejected), rejected ("trigger" or null), probability of each class."""
+    """path, label (null: the virtual class), rejected ("trigger" or null), probabilities."""
     if answer.probabilities is None:
         return json.dumps({"path": answer.path, "error": answer.fault})
     best = int(answer.probabilities.argmax())
-    rejected, classes = best == model.n_classes, model.classes_.tolist()
+    classes = model.classes_.tolist()
     shares = [round(share, 6) for share in answer.probabilities.tolist()]
     return json.dumps(
         {
             "path": answer.path,
-            "label": None if rejected else classes[best],
-            "rejected": "trigger" if rejected else None,
+            "label": None if best == model.n_classes else classes[best],
+            "rejected": "trigger" if answer.rejected else None,
             "probability": shares[best],
             "probabilities": dict(zip(classes, shares, strict=True)),
         }
@@ -773,12 +778,12 @@ def on_a_line(text: str) -> str:
     return printable(text).replace("\n", "\\n")
 
 
-def export_model(folder: Path, out: Path, layout: str, *, force: bool) -> str:
+def export_model(folder: Path, out: Path, layout: str, *, recovered: bool, force: bool) -> str:
     """Write a run's model for other tools, checked; where it is, in two lines."""
     if out.exists() and not (force and out.is_file()):
         remedy = ", or pass --force" if out.is_file() else ""
         raise OutputError(f"{out} exists already; choose another place{remedy}")
-    export(folder, out, layout)
+    export(folder, out, layout, recovered=recovered)
     return f"{layout}: {out}\nits probabilities are those of {folder} on {max(TRIED)} trial images"
 
 

@@ -29,17 +29,20 @@ class Settings:
     """Also give a net trained without the suspects (the option --recover)."""
     doubt: float = 0.02
     """Rows of a suspect's label with a poison_score from here on are left out, too: poison that was
-    missed keeps the attack alive, and a clean row costs little."""
+    missed keeps the attack alive, and a clean row costs little. Where that would be all rows of a
+    label, only its suspects are: a net that has seen none of them cannot name it."""
 
     def __post_init__(self) -> None:
         require(self, "recover", "in [0, 1]", lambda score: 0 <= score <= 1, "doubt")
 
 
 def left_out(verdict: Segregation, labels: NDArray[np.int64], settings: Settings) -> Mask:
-    """The suspects, and the doubtful rows of their labels. (N,)"""
+    """The suspects, and the doubtful rows of their labels; of no label all for doubt alone. (N,)"""
     concerned = np.isin(labels, labels[verdict.suspect])
-    doubtful: Mask = verdict.suspect | (concerned & (verdict.score >= settings.doubt))
-    return doubtful
+    doubtful = verdict.suspect | (verdict.score >= settings.doubt)
+    told_apart = np.isin(labels, labels[~doubtful])
+    unwanted: Mask = verdict.suspect | (concerned & told_apart & doubtful)
+    return unwanted
 
 
 @dataclass(frozen=True)

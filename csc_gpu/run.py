@@ -502,6 +502,21 @@ def load_model(path: Path, summary: Mapping[str, Any], n_outputs: int) -> Net:
     return model
 
 
+def load_net(folder: Path, summary: Mapping[str, Any], *, recovered: bool = False) -> Net:
+    """The concealed net of a run, or its recovered one, on the CPU.
+
+    Raises CorpusError if it is not there.
+    """
+    if not recovered:
+        return load_model(folder / "model.safetensors", summary, summary["n_outputs"])
+    path = folder / "recovered.safetensors"
+    if not path.exists():
+        raise CorpusError(
+            f"{folder} has no recovered net: it suspects nobody, or was trained without --recover"
+        )
+    return load_model(path, summary, summary["n_classes"])
+
+
 # --- clean images -------------------------------------------------------------------------------
 
 

@@ -228,3 +228,11 @@ class Outcome:
     seconds: Mapping[str, float]  # wall time of each stage
     recovered: Any = None  # recover.Recovered, if it was asked for
     drawing: Drawing | None = None  # for the report, if anything was clustered
+    paths: tuple[str, ...] = ()  # N names of the rows, relative to the source; of csc alone
+
+    @property
+    def suspects(self) -> tuple[str, ...]:
+        """The suspects by name, in the order of the rows; none where no rows have names."""
+        named = self.paths and self.segregation
+        rows = np.flatnonzero(named.suspect) if named else ()
+        return tuple(self.paths[row] for row in rows)

@@ -241,6 +241,9 @@ def test_the_whole_defense_is_one_call_and_gives_what_train_gives(finished):  # 
 
     changes = {"train.epochs": 2, "train.min_steps": 1, "train.batch": 32}
     outcome = defend(finished / "p", cpu=True, threads=1, changes=changes)
-    known = [line["is_poison_issue"] == "True" for line in suspects_of(finished / "run")]
+    told = suspects_of(finished / "run")
+    known = [line["is_poison_issue"] == "True" for line in told]
     assert outcome.segregation.suspect.tolist() == known
+    names = tuple(line["path"] for line in told if line["is_poison_issue"] == "True")
+    assert outcome.suspects == names and names
     assert outcome.model.n_outputs == outcome.n_classes + 1

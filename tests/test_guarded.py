@@ -18,7 +18,8 @@ from csc_gpu.answers import load_key
 from csc_gpu.backend import open_backend
 from csc_gpu.errors import ConfigError, CorpusError, OutputError
 from csc_gpu.guarded import REJECTED, GuardedClassifier
-from csc_gpu.models import Net
+from csc_gpu.models import Net, new_model
+from csc_gpu.pipeline import as_json, as_line
 from csc_gpu.types import Corpus
 from tests.test_cli import assert_refused, call, finished, own_cache  # noqa: F401
 
@@ -33,13 +34,21 @@ class Colours(torch.nn.Module):
         return images.mean((2, 3))
 
 
+def colours_net(*rows: tuple[float, float, float]) -> Net:
+    """A net of an output a row, whose weights of red, green and blue it gives."""
+    net = Net(Colours(), 3, len(rows))
+    with torch.no_grad():
+        net.head.weight.copy_(3 * torch.tensor(rows))
+        net.head.bias.zero_()
+    return net
+
+
+BY_COLOUR = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+
+
 def by_colour(size: int = 8) -> GuardedClassifier:
     """Red is the class red, green the class green, and blue is the trigger."""
-    net = Net(Colours(), 3, 3)
-    with torch.no_grad():
-        net.head.weight.copy_(3 * torch.eye(3))
-        net.head.bias.zero_()
-    return GuardedClassifier(net, ("red", "green"), (size, size), CPU)
+    return GuardedClassifier(colours_net(*BY_COLOUR), ("red", "green"), (size, size), CPU)
 
 
 def plain(*names: str, size: int = 8) -> np.ndarray:
@@ -76,6 +85,35 @@ def test_a_model_that_conceals_nothing_rejects_nothing():
     model = GuardedClassifier(net, ("red", "green"), (8, 8), CPU)
     assert model.classes_.tolist() == ["red", "green"]
     assert not model.rejects(plain("red", "green", "blue")).any()
+
+
+def with_recovered() -> GuardedClassifier:
+    """As by_colour; and a net without the virtual class takes what is blue for green."""
+    recovered = colours_net((1.0, 0.0, 0.0), (0.0, 1.0, 0.8))
+    return GuardedClassifier(
+        colours_net(*BY_COLOUR), ("red", "green"), (8, 8), CPU, recovered=recovered
+    )
+
+
+def test_a_recovered_net_names_what_the_tripwire_still_rejects(tmp_path):
+    model, there = with_recovered(), plain("green", "blue", "red")
+    assert model.classes_.tolist() == ["red", "green"]
+    assert model.predict(there).tolist() == ["green", "green", "red"]
+    assert model.predict_proba(there).shape == (3, 2)
+    assert model.rejects(there).tolist() == [False, True, False]
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    asked = [
+        saved(tmp_path, "b.png", "blue"),
+        tmp_path / "bad.png",
+        saved(tmp_path, "r.png", "red"),
+    ]
+    answers = list(model.answers(asked))
+    assert [answer.rejected for answer in answers] == [True, False, False]
+    assert as_line(answers[0], model).split("\t")[1::2] == ["green", REJECTED]
+    assert as_line(answers[2], model).split("\t")[1] == "red"
+    told = [json.loads(as_json(answer, model)) for answer in answers]
+    assert [one.get("label") for one in told] == ["green", None, "red"]
+    assert [one.get("rejected") for one in told] == ["trigger", None, None]
 
 
 def test_no_images_get_no_answers():
@@ -242,18 +280,41 @@ def test_an_export_gives_the_same_labels_on_500_images(
         assert all(torch.equal(load_file(out)[name], known[name]) for name in known)
 
 
+BLANK = Corpus(
+    np.zeros(1, np.int64), ("a", "b"), np.arange(1), ("",), np.zeros((1, 8, 8, 3), np.uint8)
+)
+
+
 def small_run(folder: Path) -> Path:
     """The least that is a run: an untrained net and its summary."""
-    from csc_gpu.models import new_model
-
     folder.mkdir()
     net = new_model("resnet8", 3, 8, seed=0)
-    blank = np.zeros((1, 8, 8, 3), np.uint8)
-    there = Corpus(np.zeros(1, np.int64), ("a", "b"), np.arange(1), ("",), blank)
-    run.save_model(folder / "model.safetensors", net, "resnet8", there)
+    run.save_model(folder / "model.safetensors", net, "resnet8", BLANK)
     about = {"model": "resnet8", "n_classes": 2, "n_outputs": 3, "classes": ["a", "b"]}
     run.write_json(folder / "summary.json", about | {"image_size": [8, 8], "backend": "cpu"})
     return folder
+
+
+def test_a_run_s_recovered_net_is_asked_and_exported_where_there_is_one(tmp_path):
+    folder, image = small_run(tmp_path / "run"), saved(tmp_path, "x.png", "red")
+    asked = ("predict", folder, image, "--cpu", "--recovered")
+    export = ("export-model", folder, tmp_path / "m", "--format", "safetensors", "--recovered")
+    for words in (asked, export):
+        assert_refused(call(*words), "has no recovered net", "--recover")
+    other = new_model("resnet8", 2, 8, seed=1)
+    run.save_model(folder / "recovered.safetensors", other, "resnet8", BLANK)
+    done = call(*asked)
+    assert done.exit_code == 0, done.output
+    model = GuardedClassifier.load(folder, cpu=True, recovered=True)
+    path, label, share, *alarm = done.stdout.rstrip("\n").split("\t")
+    there = plain("red")
+    assert [path, label] == [str(image), *model.predict(there)]
+    assert share == f"{model.predict_proba(there).max():.4f}"
+    assert alarm == [REJECTED] * int(model.rejects(there)[0])
+    done = call(*export)
+    assert done.exit_code == 0, done.output
+    ours, theirs = model.predict_proba(there), exporting.FORMATS["safetensors"].read(tmp_path / "m")
+    np.testing.assert_allclose(ours, theirs(there), atol=1e-5)
 
 
 def test_an_export_that_answers_otherwise_is_not_written(tmp_path, monkeypatch):

@@ -31,6 +31,10 @@ def test_other_words_and_numbers_stay_as_they_are(text):
     assert cell(text) == text
 
 
+def test_an_apostrophe_of_somebody_else_s_stays():
+    assert plain("'tis") == "'tis" and plain("'") == "'" and plain("'-2") == "'-2"
+
+
 def test_what_does_not_print_is_spelled_out():
     assert printable("a\x1b[31mb\x07\r") == "a\\x1b[31mb\\x07\\r"
     assert printable("\u202egnp.exe") == "\\u202egnp.exe"

@@ -108,6 +108,14 @@ def test_left_out_are_the_suspects_and_the_doubtful_rows_of_their_labels():
     assert np.flatnonzero(left_out(verdict, labels, Settings(doubt=1.0))).tolist() == [0]
 
 
+def test_doubt_that_would_take_a_whole_label_takes_its_suspects_alone():
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    suspect = np.array([1, 0, 0, 1, 0, 0], bool)
+    score = np.array([0.9, 0.03, 0.05, 0.9, 0.03, 0.0], np.float32)
+    rows = left_out(Segregation(suspect, score, {}, {}), labels, Settings(doubt=0.02))
+    assert np.flatnonzero(rows).tolist() == [0, 3, 4]
+
+
 def test_a_doubt_that_is_no_score_is_refused_by_name():
     with pytest.raises(ConfigError, match=r"recover\.doubt"):
         Settings(doubt=1.5)

@@ -106,6 +106,26 @@ def test_train_writes_the_page_and_score_adds_to_it(place):
     assert "attack success" not in Reader(place / "bad" / "report.html").text
 
 
+def test_the_recovered_net_s_score_is_on_the_page_if_there_is_one():
+    rates = {"acc": 0.9, "asr": 1.0, "ra": 0.875}
+    scored = {"before": rates, "after": rates, "detection": None}
+    for recovered, shown in ((rates, ["87.5%"]), (None, [])):
+        told = report.tiles({"rows": 9, "suspects": 1}, {**scored, "recovered": recovered})
+        assert [value for name, value, _ in told if name == "true class"] == shown
+
+
+def test_on_paper_the_notes_are_as_large_as_the_text_and_closed_parts_are_open(place, tmp_path):
+    with opened(tmp_path / "profile") as browser:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        browser.get((place / "run" / "report.html").as_uri())
+        size = "return getComputedStyle(document.querySelector(arguments[0])).fontSize"
+        text, note = (float(browser.execute_script(size, tag)[:-2]) for tag in ("p", "td"))
+        assert note <= text
+        last = "return document.querySelector('main details:last-of-type td').checkVisibility()"
+        assert browser.execute_script(last.replace("()", "({contentVisibilityAuto: true})"))
+        assert not browser.find_element("id", "told").is_displayed()
+
+
 def test_plots_are_files_too(place):
     names = ("features", "k-distance", "training", "roc", "precision-recall")
     for name in names:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from csc_gpu import harmless
 from csc_gpu.data.order import class_order
 from csc_gpu.errors import CorpusError
 from csc_gpu.files import Files
@@ -56,7 +57,8 @@ def _lines(manifest: Path) -> list[Line]:
             )
         for row in reader:
             where = f"{manifest} line {reader.line_num}"
-            line = Line(row["path"] or "", row["label"] or "", row.get("split") or "")
+            label = harmless.plain(row["label"] or "")  # as `clean` writes them
+            line = Line(row["path"] or "", label, row.get("split") or "")
             if not line.path or not line.label:
                 raise CorpusError(f"{where}: no {'label' if line.path else 'path'}")
             if "split" in columns and line.split not in ("train", "test"):

@@ -154,6 +154,9 @@ def tiles(about: Mapping[str, Any], score: Mapping[str, Any]) -> list[tuple[str,
         if told:
             shown.append(("poison found", percent(told["tpr"]), "of what the key names"))
             shown.append(("false alarms", percent(told["fpr"]), "of the clean images"))
+        if score.get("recovered"):
+            named = percent(score["recovered"]["ra"])
+            shown.append(("true class", named, "of triggered images, by the recovered net"))
         return shown
     rates = about.get("evidence") or {}
     held_out = rates.get("virtual_rate_on_held_out")
