@@ -9,23 +9,19 @@ import pytest
 
 from csc_gpu.backend import open_backend
 from csc_gpu.segregate import Settings
-from csc_gpu.segregate.kin import Kin, coherent
-from csc_gpu.segregate.verify import (
+from csc_gpu.segregate.court import (
     Case,
     Court,
     Group,
     Narrow,
-    Word,
     candidates,
     explained_by,
-    firm_rows,
-    heard,
     narrow_trigger,
     opened,
-    scattered,
     searched,
-    verify,
 )
+from csc_gpu.segregate.kin import Kin, coherent
+from csc_gpu.segregate.verify import Word, firm_rows, heard, scattered, verify
 from csc_gpu.types import Clusters, Reclassified, Sighting, Transfer
 from tests.worlds import oracle, world
 

@@ -25,7 +25,7 @@ from csc_gpu.errors import DeviceTooSmall
 from csc_gpu.features import features, predict
 from csc_gpu.models import new_model
 from csc_gpu.segregate import RULES, Settings, looked_at, observe, segregate
-from csc_gpu.segregate.verify import candidates
+from csc_gpu.segregate.court import candidates
 from csc_gpu.train import Settings as Training
 from csc_gpu.types import Corpus, DefenderView
 from tests.fake_gpu import DeviceArray, FakeDriver, fake_gpu

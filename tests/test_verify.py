@@ -10,16 +10,9 @@ import pytest
 
 from csc_gpu.backend import open_backend
 from csc_gpu.segregate import Settings, capped, observe, segregate
+from csc_gpu.segregate.court import Case, Court, Group
 from csc_gpu.segregate.kin import halves
-from csc_gpu.segregate.verify import (
-    Case,
-    Court,
-    Group,
-    judge,
-    suspected_labels,
-    verify,
-    wrong_on,
-)
+from csc_gpu.segregate.verify import judge, suspected_labels, verify, wrong_on
 from csc_gpu.types import Reclassified, Transfer
 from tests.worlds import Oracle, oracle, world
 

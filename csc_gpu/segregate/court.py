@@ -1,0 +1,304 @@
+"""What is put to the check: the groups of a label that may be its poison, and what they command.
+
+The trigger and the probe are heard here, for every label; see verify.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from csc_gpu.backend import Backend
+from csc_gpu.segregate.clusters import home_of
+from csc_gpu.segregate.kin import Kin, coherent, halves, kin
+from csc_gpu.segregate.settings import Settings
+from csc_gpu.types import Array, Mask, Sighting, Transfer, Witness
+
+OUTSIDE = 0.8
+"""Share of a core that must lie outside its label's home at a scale for the home to be believed."""
+MOST_OF_LABEL = 0.5
+"""A label that no pattern commands is not left out beyond this share: a net that never saw a label
+says nothing about it."""
+USUAL = 0.75
+"""Share of labels that are taken to be free of poison: what they reach is usual."""
+MARGIN = 0.3
+"""A pattern that commands so much more than is usual is a trigger,"""
+AT_LEAST = 0.5
+"""but none that commands less than this share of other labels' images,"""
+SURELY = 0.8
+"""and every one that commands this share of them."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some rows of a label that may be its poison, and what their pattern does."""
+
+    kind: str  # core, strays or halves
+    rows: Mask  # (N,)
+    rest: Mask  # (N,) rows of the label to compare them with
+    commands: float  # what the pattern of rows - rest sends to the label; else of rest - rows, too
+    alone: tuple[float, ...] = ()  # what rows and rest do against the other labels, if asked
+    is_turned: bool = False  # rows were the rest: they work better alone
+
+    def turned(self) -> Group:
+        """The same group with the rest for its poison."""
+        return replace(
+            self,
+            rows=self.rest,
+            rest=self.rows,
+            alone=self.alone[::-1],
+            is_turned=not self.is_turned,
+        )
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Two groups of a label, and the other label whose images their pattern sends there most."""
+
+    rows: Mask  # (N,)
+    rest: Mask  # (N,)
+    source: int
+    most: float  # share of the images of `source`. 0..1
+
+
+@dataclass(frozen=True)
+class Case:
+    """A suspected label, before the check."""
+
+    label: int
+    poison: Mask  # (N,) rows held to be its poison
+    candidates: Mask  # (N,) rows that the check should not learn from; the poison among them
+    is_commanded: bool  # whether a trigger was found
+    commands: float  # share of other labels' images that the label's best trigger sends there. 0..1
+    limit: float  # from where that is a trigger
+    told: dict[str, Any]
+    turned: Group | None = None  # the group that it grew from, if that was turned round
+    source: int | None = None  # the one label whose images a pattern commands, if it does no others
+
+    @property
+    def firm(self) -> Mask:
+        """The rows that a trigger explains, and their kin: no check alone frees them. (N,)"""
+        return self.poison & self.is_commanded
+
+
+def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
+    """What strays and halves of each label command, and from where a pattern is a trigger for it.
+
+    Most labels are not attacked: the limit lies well above what three quarters of the others reach,
+    those that are too small for a question left aside.
+    """
+    found = {
+        label: [*court.strays(label), *court.halves(label)]
+        for label in np.unique(court.labels).tolist()
+    }
+    best = {y: max(group.commands for group in groups) for y, groups in found.items() if groups}
+    limits = {}
+    for label in found:
+        usual = float(np.quantile([best[y] for y in best if y != label] or [0.0], USUAL))
+        limits[label] = min(SURELY, max(AT_LEAST, usual + MARGIN))
+    return found, limits
+
+
+def narrow_trigger(found: Mapping[int, Narrow], label: int) -> Narrow | None:
+    """The groups of a label whose pattern surely commands one label's images, beyond the usual."""
+    others = [narrow.most for y, narrow in found.items() if y != label]
+    usual = float(np.quantile(others or [0.0], USUAL))
+    ours = found.get(label)
+    return ours if ours and ours.most >= max(SURELY, usual + MARGIN) else None
+
+
+class Court:
+    """The labels, the sightings and the witnesses; what the images were asked is written down."""
+
+    def __init__(
+        self,
+        labels: NDArray[np.int64],
+        sightings: Sequence[Sighting],
+        points: Array,
+        witness: Witness,
+        settings: Settings,
+        backend: Backend,
+    ) -> None:
+        self.labels = labels  # (N,)
+        self.answers: list[Transfer] = []
+        self.narrow: dict[int, Narrow] = {}  # of each label, what commands one other label most
+        self._sightings, self._points = sightings, points
+        self._witness, self._settings, self._backend = witness, settings, backend
+        self._strays = [
+            _unpacked(backend.xp.packbits(seen.stray), len(labels), backend) for seen in sightings
+        ]
+
+    def commands(self, label: int, group: Mask, rest: Mask) -> float:
+        """Share of other labels' images that get the label with the pattern of a group."""
+        return self._asked(label, group, rest).share
+
+    def between(self, label: int, group: Mask, rest: Mask) -> float:
+        """The same for two groups of the label; which one label they command most is noted.
+
+        Not of a group that is most of its label: what it has may be what makes the label.
+        """
+        answer, known = self._asked(label, group, rest), self.narrow.get(label)
+        is_told = answer.source >= 0 and group.sum() <= rest.sum()
+        if is_told and (known is None or answer.most > known.most):
+            self.narrow[label] = Narrow(group, rest, answer.source, answer.most)
+        return answer.share
+
+    def _asked(self, label: int, group: Mask, rest: Mask) -> Transfer:
+        if not (group.any() and rest.any()):
+            return Transfer(label, "", 0.0)
+        self.answers.append(self._witness.transfers(group, rest, label))
+        return self.answers[-1]
+
+    def kin(self, label: int, core: Mask) -> Mask:
+        """The core and the rows of the label that are like it."""
+        most = self._settings.max_label_share
+        return kin(self._points, self.labels, label, core, most, self._backend)
+
+    def coherent(self, label: int, group: Mask) -> Kin:
+        """The rows of a mixed group that have the same in common; nothing is added."""
+        return coherent(self._points, self.labels, label, group, self._backend)
+
+    def core(self, label: int, core: Mask) -> Group:
+        """A label's core against its home, whichever way its pattern commands more."""
+        ours = self.labels == label
+        outside = candidates(self._sightings[-1], self.labels, core, label, self._backend)
+        home = ours & ~outside
+        if home.sum() < self._settings.min_rows:
+            home = ours & ~core
+        return self._either("core", label, core & ours, home)
+
+    def halves(self, label: int) -> list[Group]:
+        """The two parts of a label by its features, if either is more than a few rows."""
+        smaller, larger = halves(self._points, self.labels == label, self._backend)
+        if smaller.sum() < self._settings.min_rows:
+            return []
+        return [self._either("halves", label, smaller, larger)]
+
+    def strays(self, label: int) -> list[Group]:
+        """Rows that two early snapshots put with other labels, once most of the label is at home.
+
+        Poison with a false label lies with its true class until the trigger is learnt.
+        """
+        ours, found = self.labels == label, list[Group]()
+        for stray in self._strays:
+            rows, rest = ours & stray, ours & ~stray
+            if rows.sum() < self._settings.min_rows or rows.sum() > rest.sum():
+                continue
+            found.append(Group("strays", rows, rest, self.between(label, rows, rest)))
+            if len(found) == 2:
+                break
+        return found
+
+    def _either(self, kind: str, label: int, rows: Mask, rest: Mask) -> Group:
+        """Two groups of a label; their difference may command it either way round."""
+        commands = max(self.between(label, rows, rest), self.between(label, rest, rows))
+        return Group(kind, rows, rest, commands)
+
+    def trigger(self, label: int, group: Group, limit: float) -> Group | None:
+        """The group with its poison as `rows`, if a trigger explains it; else None.
+
+        Of two groups the one that works better alone, against the mean of all other labels, is the
+        poison, and it must work alone: two benign kinds of one label differ by more than a trigger.
+        Strays are a mixture and need not; but where poison outnumbers its label, the benign stray.
+        """
+        if group.commands < limit:
+            return None
+        others = self.labels != label
+        alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
+        group = replace(group, alone=alone)
+        if max(alone) < AT_LEAST:
+            return group if group.kind == "strays" else None
+        return group.turned() if alone[1] > alone[0] else group
+
+
+def opened(
+    court: Court,
+    label: int,
+    tried: list[Group],
+    triggers: list[Group | None],
+    limit: float,
+    narrow: Narrow | None = None,
+) -> Case:
+    """Hold the group that a trigger explains best for the poison, and grow it by its kin.
+
+    A core goes before mixed groups. Where no trigger was found, rows that command one other label
+    go before the core, and await the check as they are.
+    """
+    known = [group for group in triggers if group is not None]
+    cores = [group for group in known if group.kind == "core"]
+    explained = max(cores or known, key=lambda group: group.commands, default=None)
+    best = max((group.commands for group in known), default=0.0)
+    told = {
+        "label": label,
+        "commands": [[group.kind, round(group.commands, 3)] for group in tried],
+        "limit": round(limit, 3),
+        "trigger": explained is not None,
+    }
+    if explained:
+        return explained_by(court, label, explained, best, limit, told)
+    if narrow:
+        told |= {"chosen": "narrow", "source": narrow.source, "most": round(narrow.most, 3)}
+        told |= {"rows": int(narrow.rows.sum())}
+        rows = narrow.rows
+        return Case(label, rows, rows, False, best, limit, told, source=narrow.source)
+    ours, group = court.labels == label, tried[0]
+    candidates = ours & ~group.rest
+    if candidates.sum() > MOST_OF_LABEL * ours.sum():
+        candidates = group.rows
+    told |= of_group(group, group.rows)
+    return Case(label, group.rows, candidates | group.rows, False, best, limit, told)
+
+
+def explained_by(
+    court: Court, label: int, group: Group, best: float, limit: float, told: dict[str, Any]
+) -> Case:
+    """A case with a trigger: the group is its poison, and grows by its kin."""
+    poison = group.rows if group.kind == "core" else court.coherent(label, group.rows).rows
+    poison = court.kin(label, poison)
+    candidates = ((court.labels == label) & ~group.rest) | poison
+    told = told | of_group(group, poison)
+    turned = group if group.is_turned else None
+    return Case(label, poison, candidates, True, best, limit, told, turned)
+
+
+def turned_back(court: Court, case: Case, turned: Group) -> Case:
+    """The case with the group that had been turned round as it was."""
+    told = case.told | {"turned_back": True}
+    return explained_by(court, case.label, turned.turned(), case.commands, case.limit, told)
+
+
+def of_group(group: Group, poison: Mask) -> dict[str, Any]:
+    """What the notes tell of the group that was chosen."""
+    return {
+        "chosen": group.kind,
+        "alone": [round(share, 3) for share in group.alone],
+        "rows": int(group.rows.sum()),
+        "grown": int(poison.sum()),
+    }
+
+
+def candidates(
+    last: Sighting, labels: NDArray[np.int64], core: Mask, label: int, backend: Backend
+) -> Mask:
+    """The core of a label and all its rows that are not at home, noise included. (N,) bool
+
+    Home is looked up at the coarsest scale at which the core still lies outside it.
+    """
+    xp, ours = backend.xp, labels == label
+    mine: Mask = core & ours
+    for clusters in reversed(last.clusterings):
+        home = int(home_of(clusters, xp)[label])  # -1 where all are noise: then none is away
+        away = _unpacked(xp.packbits(clusters.of_row != home), len(labels), backend)
+        if away[mine].mean() >= OUTSIDE:
+            outside: Mask = mine | (ours & away)
+            return outside
+    return mine
+
+
+def _unpacked(bits: Array, n: int, backend: Backend) -> Mask:
+    """n bits, eight to a byte on the device, as a mask on the host. (n,)"""
+    return np.unpackbits(backend.to_numpy(bits).astype(np.uint8), count=n).astype(bool)
