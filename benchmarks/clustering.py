@@ -24,10 +24,10 @@ from benchmarks import results_file
 from benchmarks.command import Command
 from csc_gpu import bench
 from csc_gpu.backend import Backend, open_backend
-from csc_gpu.backend.cpu import free_memory
 from csc_gpu.backend.workspace import workspace
 from csc_gpu.cli import machine
 from csc_gpu.errors import CscError
+from csc_gpu.memory import free_memory
 from csc_gpu.segregate import Settings
 from csc_gpu.segregate.clusters import least_neighbours
 from csc_gpu.types import Array, Mask

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from csc_gpu import cache, data
 from csc_gpu.backend import Backend, Decoder, reader, usable_cores
-from csc_gpu.backend.cpu import free_memory
 from csc_gpu.backend.loader import decode
 from csc_gpu.errors import CorpusError
+from csc_gpu.memory import free_memory
 from csc_gpu.types import Corpus, Log, Split, quiet
 
 

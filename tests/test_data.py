@@ -195,6 +195,22 @@ def test_arrays_may_have_channels(channels: int, tmp_path: Path) -> None:
     assert (split.test.images == images[4:]).all()
 
 
+def test_arrays_that_unpack_to_more_than_is_free_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, images = tmp_path / "bomb.npz", np.zeros((100, 64, 64, 3), np.uint8)
+    np.savez_compressed(path, x_train=images, y_train=np.arange(100) % 2, unused=images)
+    assert path.stat().st_size < 20_000
+    needed = images.nbytes + 800 + 2 * 128  # and what is before the numbers
+    monkeypatch.setattr("csc_gpu.data.arrays.free_memory", lambda: needed)
+    assert len(opened(path).train) == 80
+    monkeypatch.setattr("csc_gpu.data.arrays.free_memory", lambda: needed - 1)
+    with pytest.raises(CorpusError, match=r"bomb\.npz unpacks to 0\.0 GB and 0\.0 GB .* are free"):
+        opened(path)
+    monkeypatch.setattr("csc_gpu.data.arrays.free_memory", lambda: None)
+    assert len(opened(path).train) == 80
+
+
 def test_a_class_seen_in_test_alone_has_a_label_too(tmp_path: Path) -> None:
     split = opened(arrays(tmp_path / "x.npz", y_test=np.array([5, 7])))
     assert split.train.classes == ("3", "5", "7")

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "csc_gpu"
 
 LAYERS = (
-    {"errors", "files", "cache", "tolerance", "harmless"},
+    {"errors", "files", "cache", "tolerance", "harmless", "memory"},
     {"types"},
     {"config"},
     {"checkpoint"},

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from csc_gpu import data
-from csc_gpu.backend import Decoder, cpu, loader, reader
+from csc_gpu import data, memory
+from csc_gpu.backend import Decoder, loader, reader
 from csc_gpu.errors import CorpusError
 from csc_gpu.types import Split
 
@@ -180,15 +180,15 @@ def test_where_free_memory_is_unknown_nothing_is_refused(tmp_path: Path) -> None
 
 
 def test_this_machine_has_free_memory() -> None:
-    free = cpu.free_memory()
+    free = memory.free_memory()
     assert free is None or free > 2**20
 
 
 def test_free_memory_is_what_linux_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "MEMINFO", tmp_path / "meminfo")
-    assert cpu.free_memory() is None
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    assert memory.free_memory() is None
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemFree: 1 kB\nMemAvailable: 2 kB\n")
-    assert cpu.free_memory() == 2048
+    assert memory.free_memory() == 2048
 
 
 def test_files_that_may_be_streamed_stay_on_disk_if_their_pixels_do_not_fit(

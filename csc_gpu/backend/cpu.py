@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -18,12 +16,8 @@ from sklearn.neighbors import NearestNeighbors
 from csc_gpu.backend import Decoder, Settings, Step
 from csc_gpu.backend.batches import Batches
 from csc_gpu.backend.ranks import ALONE, Ranks, local_world
+from csc_gpu.memory import free_memory, peak_memory
 from csc_gpu.types import Array
-
-if sys.platform != "win32":
-    import resource  # not there on Windows
-
-MEMINFO = Path("/proc/meminfo")
 
 
 class CpuBackend(Batches):
@@ -98,19 +92,3 @@ class CpuBackend(Batches):
     def captured(self, step: Step) -> Step:
         """See Backend.captured."""
         return step
-
-
-def peak_memory() -> int | None:
-    """Most bytes this process had resident so far; None on Windows, where Python does not tell."""
-    if sys.platform == "win32":
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def free_memory() -> int | None:
-    """Bytes of main memory that can be taken without swapping; None where Linux does not tell."""
-    if not MEMINFO.exists():
-        return None
-    lines = MEMINFO.read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from csc_gpu.errors import CorpusError
+from csc_gpu.memory import free_memory
 from csc_gpu.types import Corpus
 
 
@@ -47,12 +48,16 @@ def load_arrays(
 ) -> dict[str, NDArray[Any]]:
     """The named arrays of an .npz, and the optional ones that it has; others are not touched.
 
-    Raises CorpusError for a file that is no .npz, a missing array or a pickled one.
+    Raises CorpusError for a file that is no .npz, a missing array or a pickled one, and for arrays
+    that unpacked are more than the memory that is free.
     """
     try:
         # opened here, for numpy leaves a file open that it does not understand
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             present = [name for name in (*names, *optional) if name in archive]
+            parts = archive.zip.infolist()
+            sizes = {part.filename.removesuffix(".npy"): part.file_size for part in parts}
+            _require_room(path, sum(sizes[name] for name in present))
             arrays = {name: np.asarray(archive[name]) for name in present}
     except OSError as fault:
         raise CorpusError(f"cannot read {path}: {fault.strerror or fault}") from fault
@@ -72,6 +77,16 @@ def load_arrays(
         ) from fault
     _require(path, arrays, names)
     return arrays
+
+
+def _require_room(path: Path, needed: int) -> None:
+    """Raises CorpusError if arrays of so many bytes cannot be held: a small file may unpack so."""
+    free = free_memory()
+    if free is not None and needed > free:
+        raise CorpusError(
+            f"{path} unpacks to {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free; "
+            "give it as an image folder or shards, which are read as they are needed"
+        )
 
 
 def rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
