@@ -57,9 +57,7 @@ def rounded(images: NDArray[np.floating]) -> Pixels:
     return pixels
 
 
-def _read(
-    path: str, height: int, width: int, setting: str, filter_: Image.Resampling
-) -> Pixels:
+def _read(path: str, height: int, width: int, setting: str, filter_: Image.Resampling) -> Pixels:
     """Red, green, blue and how opaque. (H, W, 4)"""
     try:
         with Image.open(Path(path)) as found:
