@@ -667,6 +667,25 @@ def test_a_picture_of_16_bits_is_refused_before_it_turns_white(tmp_path):
             stamp(flat(9), settings(picture=str(tmp_path / "deep.png")), rng())
 
 
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P"])
+def test_of_a_sticker_only_what_is_opaque_is_stamped_even_if_it_is_black(tmp_path, kind: str):
+    sticker = np.full((8, 8, 4), 255, np.uint8)  # white under its transparent part
+    sticker[..., 3] = 0
+    sticker[2:5, 1:3] = (0, 0, 0, 255)
+    image = Image.fromarray(sticker)
+    if kind == "P":
+        image = image.convert("RGB").quantize(2)
+        white = image.getpixel((0, 0))
+        image.save(tmp_path / "sticker.png", transparency=white)
+    else:
+        image.convert(kind).save(tmp_path / "sticker.png")
+    settings = badnets.Settings(picture=str(tmp_path / "sticker.png"))
+    stamped = badnets.stamp(flat(99, 1, (8, 8)), settings, rng())
+    assert (stamped[:, 2:5, 1:3] == 0).all()
+    assert (stamped == 99).all(axis=(0, 3)).sum() == 64 - 6
+    assert (blend.trigger(8, 8, blend.Settings(picture=settings.picture)) == 0).all()
+
+
 # ---------------------------------------------------------------------------------------------- bpp
 
 

@@ -33,7 +33,7 @@ from csc_gpu.errors import ConfigError
 from csc_gpu.models import Net, new_model
 from csc_gpu.types import Corpus, Log
 
-FORMAT = 3
+FORMAT = 4
 """Raise it when an attack learns otherwise than before: what is kept is then learnt anew."""
 FILES = ("picture", "mask")
 """Settings that name a file: its bytes belong to the key, not its name alone."""

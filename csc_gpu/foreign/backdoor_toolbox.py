@@ -50,6 +50,7 @@ Floats = NDArray[np.float32]
 
 def read(folder: Path, clean: Split | None, log: Log = quiet) -> Found:
     """A poisoned_train_set directory. Raises CorpusError for files that do not fit together."""
+    _require_whole(folder)
     given = torch_files.load(folder / "labels")
     classes = classes_of(given, clean, f"{folder / 'labels'}")
     labels = labels_of(given, len(classes), f"{folder / 'labels'}")
@@ -93,6 +94,19 @@ def write(folder: Path, split: Split, key: AnswerKey, out: Path) -> None:
 # --- images ---------------------------------------------------------------------------------------
 
 
+def _require_whole(folder: Path) -> None:
+    """Raises CorpusError for the ImageNet layout, data/<original class>/<file> of the poison alone.
+
+    It has no `labels`, and no file says which label its rows are given.
+    """
+    data = folder / "data"
+    if not (folder / "imgs").exists() and data.is_dir() and any(map(Path.is_dir, data.iterdir())):
+        raise CorpusError(
+            f"{data} holds folders: the ImageNet layout, which stores the poison alone and not "
+            "its new label, is not read; lay it over the clean images yourself and import npy"
+        )
+
+
 def _images(folder: Path, n_rows: int, log: Log) -> NDArray[np.uint8]:
     if (folder / "imgs").exists():
         return _quantised(torch_files.load(folder / "imgs"), n_rows, f"{folder / 'imgs'}")
@@ -123,11 +137,6 @@ def _quantised(images: Any, n_rows: int, what: str) -> NDArray[np.uint8]:
 
 def _numbered(folder: Path, n_rows: int) -> list[Path]:
     """0.png, 1.png, ... by number, not by name."""
-    if any(path.is_dir() for path in folder.iterdir()):
-        raise CorpusError(
-            f"{folder} holds folders: the ImageNet layout, which stores the poison alone, "
-            "is not read"
-        )
     present = {path.name for path in folder.glob("*.png")}
     wanted = [f"{row}.png" for row in range(n_rows)]
     missing = [name for name in wanted if name not in present]
