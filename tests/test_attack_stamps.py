@@ -477,6 +477,15 @@ def test_wanet_reads_each_pixel_from_where_its_grid_says():
         assert np.abs(stamped[0, ..., 0] - wanted).max() < 0.51
 
 
+def test_wanet_bends_many_images_in_parts_to_the_same_bytes(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (9, 12, 14, 3), np.uint8)
+    settings = wanet.Settings(s=1.5)
+    at_once = [made(images, settings, rng()) for made in (wanet.stamp, wanet.cover)]
+    monkeypatch.setattr(wanet, "AT_A_TIME", 4)
+    in_parts = [made(images, settings, rng()) for made in (wanet.stamp, wanet.cover)]
+    np.testing.assert_array_equal(at_once, in_parts)
+
+
 def test_wanets_covers_have_noise_of_their_own_of_up_to_half_a_pixel():
     image = ramp(0, 7, (32, 32))
     settings = wanet.Settings()
