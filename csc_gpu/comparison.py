@@ -105,6 +105,11 @@ class Line:
         """Settings that are not the defaults."""
         return " ".join(f"{name}={value}" for name, value in self.first["changed"].items())
 
+    @property
+    def told(self) -> str:
+        """The last column of a table: the remark, and what was changed."""
+        return "; ".join(part for part in (self.remark, self.changed) if part)
+
     def figure(self, column: str) -> Figure:
         """One column over the seeds."""
         found = (_at(row, COLUMNS[column]) for row in self.rows)
@@ -199,7 +204,8 @@ def markdown(found: Sequence[Line], columns: Sequence[str] = (), *, level: int =
         for line in ours:
             cells_ = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
             head = f"| {line.defense} | {len(line.rows)} |"
-            parts.append(f"{head} {' | '.join(cells_)} | {line.remark or line.changed} |")
+            told = line.told.replace("|", "\\|")
+            parts.append(f"{head} {' | '.join(cells_)} | {told} |")
         parts.append("")
     return "\n".join([*parts, *(f"{note}  " for note in notes(found))]) + "\n"
 
@@ -241,37 +247,50 @@ def table_csv(found: Sequence[Line]) -> str:
 # --- the page -----------------------------------------------------------------------------------
 
 STYLE = (
-    "body{font:14px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
+    "body{font:14px/1.5 system-ui,sans-serif;max-width:96rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
     "td,th{border:1px solid #ccc;padding:.2rem .5rem;text-align:right;white-space:nowrap}"
     "td:first-child,th:first-child,td:last-child{text-align:left}"
     "svg{background:#fff;margin:.5rem 1rem .5rem 0}.plots{display:flex;flex-wrap:wrap}"
 )
-COLOURS = ("#1b6ca8", "#d1495b", "#2e7d32", "#8e44ad", "#e08e0b", "#00838f", "#6d4c41", "#455a64")
-WIDTH, HEIGHT, MARGIN = 420, 300, 46  # pixels of a plot
-BAR = 20  # pixels of a bar
+TURN = 137.508  # degrees of hue from one defense to the next, the golden angle: none comes twice
+WIDTH, HEIGHT, MARGIN = 480, 360, 46  # pixels of a plot
+BAR, TEXT, LETTER = 20, 11, 6  # pixels of a bar, of a line of text, of a letter
+END = ' text-anchor="end"'
 
 
 def page(found: Sequence[Line]) -> str:
     """Tables and plots as one HTML page without a script or a file beside it."""
     columns, body = shown(found), ["<h1>Defenses compared</h1>"]
-    colours = {
-        name: COLOURS[number % len(COLOURS)]
-        for number, name in enumerate(dict.fromkeys(line.defense for line in found))
-    }
     for (data, attack), ours in cells(found).items():
         body.append(f"<h2>{html.escape(f'{data}, {attack}')}</h2>")
         body.append(_table(ours, columns))
+        named = labelled(ours)
         plots = [
-            scatter(ours, "asr", "acc", "attack success", "accuracy", colours),
-            scatter(ours, "false alarms", "recall", "false alarms", "recall", colours),
-            bars(ours, "x plain", "cost, times plain training", colours),
+            scatter(named, "asr", "acc", "attack success", "accuracy"),
+            scatter(named, "false alarms", "recall", "false alarms", "recall"),
+            bars(named, "x plain", "cost, times plain training"),
         ]
         body.append(f'<div class="plots">{"".join(plots)}</div>')
+    body.append("<p>A dot or bar is the mean over n seeds, a thin line ± standard deviation.")
     body += [f"<p>{html.escape(note)}</p>" for note in notes(found)]
     title = "<title>Defenses compared</title>"
     head = f'<meta charset="utf-8">{title}<style>{STYLE}</style>'
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
+
+
+def labelled(ours: Sequence[Line]) -> dict[str, Line]:
+    """Lines by what a plot calls them: the defense, with what was changed if it is there twice."""
+    names, found = [line.defense for line in ours], dict[str, Line]()
+    for line in ours:
+        is_twice = names.count(line.defense) > 1
+        found[f"{line.defense} {line.changed}".strip() if is_twice else line.defense] = line
+    return found
+
+
+def colour(number: int) -> str:
+    """Of the n-th line of a plot; neighbours differ in hue and in lightness."""
+    return f"hsl({number * TURN % 360:.0f},65%,{30 + 12 * (number % 2)}%)"
 
 
 def _table(ours: Sequence[Line], columns: Sequence[str]) -> str:
@@ -279,30 +298,52 @@ def _table(ours: Sequence[Line], columns: Sequence[str]) -> str:
     rows = []
     for line in ours:
         figures = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
-        told = (line.defense, str(len(line.rows)), *figures, line.remark or line.changed)
+        told = (line.defense, str(len(line.rows)), *figures, line.told)
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in told))
     return f"<table><tr>{head}{''.join(rows)}</table>"
 
 
-def scatter(
-    ours: Sequence[Line], x: str, y: str, x_name: str, y_name: str, colours: Mapping[str, str]
-) -> str:
-    """A dot for each defense, both axes 0..1, as SVG; nothing where no line has both figures."""
-    dots = []
-    for line in ours:
-        at, up = line.figure(x).mean, line.figure(y).mean
-        if at is None or up is None:
+def scatter(named: Mapping[str, Line], x: str, y: str, x_name: str, y_name: str) -> str:
+    """A dot for each line, both axes 0..1, as SVG; nothing where no line has both figures."""
+    dots, places = list[str](), list[tuple[float, float, str, str]]()
+    across, up = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN  # pixels of 1
+    for number, (name, line) in enumerate(named.items()):
+        right, high, n = line.figure(x), line.figure(y), len(line.rows)
+        if right.mean is None or high.mean is None:
             continue
-        left = MARGIN + at * (WIDTH - 2 * MARGIN)
-        top = HEIGHT - MARGIN - up * (HEIGHT - 2 * MARGIN)
-        told = html.escape(f"{line.defense}: {x_name} {at:.4f}, {y_name} {up:.4f}")
+        left, top = MARGIN + right.mean * across, HEIGHT - MARGIN - high.mean * up
+        wide, tall = (right.spread or 0) * across, (high.spread or 0) * up
+        told = f"{name}: {x_name} {right.text(4)}, {y_name} {high.text(4)}, n {n}"
         dots.append(
-            f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="{colours[line.defense]}" '
-            f'fill-opacity=".8"><title>{told}</title></circle>'
-            f'<text x="{left + 7:.1f}" y="{top + 4:.1f}" font-size="10">'
-            f"{html.escape(line.defense)}</text>"
+            f'<path d="M{left - wide:.1f} {top:.1f}h{2 * wide:.1f}M{left:.1f} {top - tall:.1f}'
+            f'v{2 * tall:.1f}" stroke="{colour(number)}"/>'
+            f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="{colour(number)}" '
+            f'fill-opacity=".8"><title>{html.escape(told)}</title></circle>'
         )
-    return _svg(HEIGHT, [*_axes(x_name, y_name), *dots]) if dots else ""
+        places.append((left, top, name, colour(number)))
+    return _svg(HEIGHT, [*_axes(x_name, y_name), *dots, *_names(places)]) if dots else ""
+
+
+def _names(places: Sequence[tuple[float, float, str, str]]) -> list[str]:
+    """Names beside dots (left, top, name, colour), moved towards the middle until none overlap."""
+    parts = list[str]()
+    taken = [(left - 6, left + 6, top) for left, top, _, _ in places]  # left, right, top
+    for left, top, name, shade in sorted(places, key=lambda p: min(p[1], HEIGHT - p[1])):
+        long, step = LETTER * len(name), TEXT if top < HEIGHT / 2 else -TEXT
+        start = left + 9 if left + 9 + long < WIDTH else left - 9 - long
+        at = top
+        while any(
+            start < r and begin < start + long and abs(at - t) < TEXT for begin, r, t in taken
+        ):
+            at += step
+        taken.append((start, start + long, at))
+        end = start if start > left else start + long
+        parts.append(
+            f'<path d="M{left:.1f} {top:.1f}L{end:.1f} {at:.1f}" stroke="{shade}" '
+            f'stroke-opacity=".5"/><text x="{end:.1f}" y="{at + 4:.1f}" font-size="10" '
+            f'fill="{shade}"{"" if start > left else END}>{html.escape(name)}</text>'
+        )
+    return parts
 
 
 def _axes(x_name: str, y_name: str) -> list[str]:
@@ -324,21 +365,27 @@ def _axes(x_name: str, y_name: str) -> list[str]:
     return parts
 
 
-def bars(ours: Sequence[Line], column: str, title: str, colours: Mapping[str, str]) -> str:
-    """A bar for each defense from 0 on, as SVG; nothing where no line has the figure."""
-    known = [(line, mean) for line in ours if (mean := line.figure(column).mean) is not None]
+def bars(named: Mapping[str, Line], column: str, title: str) -> str:
+    """A bar for each line from 0 on, as SVG; nothing where no line has the figure."""
+    known = [
+        (number, name, line.figure(column)) for number, (name, line) in enumerate(named.items())
+    ]
+    known = [(number, name, figure) for number, name, figure in known if figure.values]
     if not known:
         return ""
-    most = max(mean for _, mean in known) or 1.0
+    most = max((figure.mean or 0) + (figure.spread or 0) for _, _, figure in known) or 1.0
+    left = LETTER * max(len(name) for _, name, _ in known) + 12
     parts = [f'<text x="4" y="16" font-size="12">{title}</text>']
-    for number, (line, mean) in enumerate(known):
-        top, left = 28 + number * BAR, 110
-        long = mean / most * (WIDTH - left - 60)
+    for place, (number, name, figure) in enumerate(known):
+        top, scale = 28 + place * BAR, (WIDTH - left - 90) / most
+        long, spread = (figure.mean or 0) * scale, (figure.spread or 0) * scale
         parts.append(
-            f'<text x="{left - 6}" y="{top + 12}" font-size="10" text-anchor="end">'
-            f'{html.escape(line.defense)}</text><rect x="{left}" y="{top}" width="{long:.1f}" '
-            f'height="{BAR - 5}" fill="{colours[line.defense]}"/>'
-            f'<text x="{left + long + 4:.1f}" y="{top + 12}" font-size="10">{mean:.2f}</text>'
+            f'<text x="{left - 6}" y="{top + 12}" font-size="10"{END}>'
+            f'{html.escape(name)}</text><rect x="{left}" y="{top}" width="{long:.1f}" '
+            f'height="{BAR - 5}" fill="{colour(number)}"/>'
+            f'<path d="M{left + long - spread:.1f} {top + 8}h{2 * spread:.1f}" stroke="#000"/>'
+            f'<text x="{left + long + spread + 4:.1f}" y="{top + 12}" font-size="10">'
+            f"{figure.text(2)}</text>"
         )
     return _svg(40 + len(known) * BAR, parts)
 

@@ -79,6 +79,8 @@ class Plan:
         lists = ("data", "attacks", "defenses", "rates", "rates_of_target", "targets", "seeds")
         require(self, "plan", "a list that is not empty", lambda items: len(items) > 0, *lists)
         require(self, "plan", "in (0, 1)", lambda share: 0 < share < 1, "reserve")
+        seeds = "numbers from 0"
+        require(self, "plan", seeds, lambda numbers: min(numbers) >= 0, "seeds")
         for name in (*self.defenses, *self.defense):
             if name not in (*DEFENSES, ORACLE, RANDOM):
                 known = ", ".join((*DEFENSES, ORACLE, RANDOM))
@@ -167,10 +169,17 @@ def groups(plan: Plan) -> Iterator[Group]:
 def changes_of(plan: Plan, defense: str, true_rate: float) -> dict[str, Any]:
     """The settings of a defense that the plan gives, and the true rate, if it needs that."""
     given = {**plan.settings, **plan.defense.get(defense, {})}
-    told = f"{defense}.{RATE}"
-    if defense in DEFENSES and RATE in DEFENSES[defense].needs and true_rate:
-        given = {told: true_rate, **given}
+    if _is_told(plan, defense, true_rate):
+        given = {f"{defense}.{RATE}": true_rate, **given}
     return given
+
+
+def _is_told(plan: Plan, defense: str, true_rate: float) -> bool:
+    """Whether it is told the true rate: it needs one, there is one, and the plan gives no other."""
+    if defense not in DEFENSES or RATE not in DEFENSES[defense].needs:
+        return False
+    given = {**plan.settings, **plan.defense.get(defense, {})}
+    return true_rate > 0 and f"{defense}.{RATE}" not in given
 
 
 # --- the cells ----------------------------------------------------------------------------------
@@ -182,13 +191,21 @@ def cells(
     """Run every cell that `out` has no line of, append its line, and yield it.
 
     With `retry` those that failed are run again. Raises ConfigError before anything is run if a
-    defense or an attack refuses its settings.
+    defense or an attack refuses its settings, OutputError if another process works in `work`.
     """
+    with run.locked(work):
+        yield from _cells(plan, out, work, backend, retry=retry, log=log)
+
+
+def _cells(
+    plan: Plan, out: Path, work: Path, backend: Backend, *, retry: bool, log: Log
+) -> Iterator[dict[str, Any]]:
     wanted = list(groups(plan))
     for group in wanted:
         group.settings()
     for defense in plan.defenses:
         _settings(plan, defense, 0.0, backend)
+    end_line(out)
     done = {line["key"] for line in read_rows(out) if not (retry and line["error"])}
     for group in wanted:
         todo = [name for name in plan.defenses if _key(plan, group, name, backend) not in done]
@@ -244,7 +261,7 @@ class Table:
         except Interrupted:
             raise
         except Exception as fault:  # a line says so; the other cells go on
-            return {"error": _told(fault), "trace": traceback.format_exc().splitlines()[-6:]}
+            return {"error": _told(fault), "trace": _trace(fault)}
 
     def _judged(self, defense: str, log: Log) -> dict[str, Any]:
         key, seed, backend = self.key, self.group.plan.seed, self.backend
@@ -273,7 +290,7 @@ class Table:
 
         return {
             "needs": list(needs),
-            "told_rate": true_rate if RATE in needs else None,
+            "told_rate": true_rate if _is_told(self.plan, defense, true_rate) else None,
             "before": before,
             "after": scored(outcome.model),
             "recovered": scored(outcome.recovered.model) if outcome.recovered else None,
@@ -375,32 +392,49 @@ def told_the_truth(
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a results file, none if it is not there; half a line at its end is cut off.
+    """The lines of a results file, none if it is not there; half a line at its end is passed over.
 
-    Raises CscError for a file that holds anything else.
+    Raises ConfigError for a file that holds anything else.
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        run.write_text(path, f"{whole}\n" if whole else "")
     try:
-        lines = [json.loads(line) for line in whole.splitlines()]
+        *whole, last = path.read_text(encoding="utf-8").split("\n")
+        lines = [json.loads(line) for line in (*whole, *([last] if _is_whole(last) else []))]
         if all("key" in line and "defense" in line for line in lines):
             return lines
-    except (json.JSONDecodeError, TypeError) as fault:
+    except (OSError, ValueError, TypeError) as fault:
         raise ConfigError(f"{path} is no results file of csc-gpu matrix: {fault}") from fault
     raise ConfigError(f"{path} is no results file of csc-gpu matrix: a line has no key")
 
 
+def end_line(path: Path) -> None:
+    """Make the file end with a line: half a line is cut off, a whole one gets its end.
+
+    Raises ConfigError, and leaves the file, if it is no results file.
+    """
+    if not read_rows(path):
+        return
+    before, newline, last = path.read_text(encoding="utf-8").rpartition("\n")
+    if last:
+        run.write_text(path, before + newline + (f"{last}\n" if _is_whole(last) else ""))
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """One more line, on the disk when this returns."""
+    """One more line, in one piece, on the disk when this returns."""
+    content = json.dumps(run.plain(line), allow_nan=False) + "\n"
     with run.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(run.plain(line), allow_nan=False) + "\n")
-            file.flush()
+        with path.open("ab", buffering=0) as file:
+            file.write(content.encode())
             os.fsync(file.fileno())
 
 
@@ -449,6 +483,14 @@ def _telling(settings: csc.Common) -> dict[str, Any]:
     """The settings that a result depends on."""
     flat = flattened(settings)
     return {name: value for name, value in flat.items() if not name.startswith(ELSEWHERE)}
+
+
+def _trace(fault: Exception) -> list[str]:
+    """Where it happened, innermost last; files by their last two names, for rows travel."""
+    return [
+        f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}: {frame.line}"
+        for frame in traceback.extract_tb(fault.__traceback__)[-6:]
+    ]
 
 
 def _told(fault: Exception) -> str:

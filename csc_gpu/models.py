@@ -121,8 +121,22 @@ def grouped(build: Callable[[int, int], Net]) -> Callable[[int, int], Net]:
 
 
 def with_group_norm(name: str) -> str:
-    """The name of the net with group norm; its own, if it has that already."""
-    return name.removesuffix(WITH_GROUPS) + WITH_GROUPS
+    """The name of the net with group norm; its own, if it has that already.
+
+    Raises ConfigError if there is no such net.
+    """
+    grouped_name = name.removesuffix(WITH_GROUPS) + WITH_GROUPS
+    if grouped_name not in MODELS:
+        raise ConfigError(f"there is no {name!r} with group norm; set train.model to resnet18")
+    return grouped_name
+
+
+def blocks_of(model: Net, whose: str) -> list[Block]:
+    """The blocks of one of our nets, in order; raises ConfigError for a net of a library."""
+    found = [part for part in model.features.modules() if isinstance(part, Block)]
+    if not found:
+        raise ConfigError(f"{whose} looks into the blocks of resnet8 or resnet18: set train.model")
+    return found
 
 
 MODELS: dict[str, Entry] = {

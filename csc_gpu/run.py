@@ -165,18 +165,27 @@ def _alone(partial: Path, kind: Kind) -> Iterator[None]:
     partial.mkdir(parents=True, exist_ok=True)
     if not _contents(partial):  # new, or someone was ended before the mark was there
         _mark(partial, kind)
+    with locked(partial):
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Raises OutputError if another process holds this folder; made if it is not there."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         yield
         return
     import fcntl
 
-    place = os.open(partial, os.O_RDONLY)
+    place = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as fault:
         os.close(place)
         raise OutputError(
-            f"another csc-gpu is writing {partial}; wait for it, or choose another place"
+            f"another csc-gpu is writing {folder}; wait for it, or choose another place"
         ) from fault
     try:
         yield

@@ -177,6 +177,7 @@ def train(
     """
     rng = np.random.default_rng(seed)
     rows = np.arange(len(corpus)) if rows is None else rows
+    require_enough(len(rows), model, name)
     name = f"{name}-{fingerprint(rows)}"
     plan = budget(len(rows), settings)
     require_shared(plan, len(rows), backend.ranks.world)
@@ -214,6 +215,13 @@ def train(
                 facts = {"step": step, "lr": lr, "random": state}
                 kept.save(name, partial(record, model, optimiser, loss.detach(), facts))
             yield Moment(step, step / plan.steps_per_epoch, loss.detach(), lr, plan, len(rows))
+
+
+def require_enough(n_rows: int, model: nn.Module, name: str) -> None:
+    """Raises CorpusError if so few rows are left that the model cannot learn from them."""
+    has_norm = any(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+    if n_rows < (FEWEST if has_norm else 1):
+        raise CorpusError(f"{name}: {n_rows} rows are too few to train on; {FEWEST} are needed")
 
 
 def require_shared(budget: Budget, n_rows: int, world: int) -> None:

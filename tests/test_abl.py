@@ -43,10 +43,10 @@ def test_flooding_and_local_ascent_have_the_values_of_their_formulas():
     assert slope(abl.Held("lga", 0.5), 0.8)[0] == pytest.approx(0.8)
 
 
-def test_the_lowest_losses_are_isolated_one_at_least():
+def test_the_lowest_losses_are_isolated_two_at_least_for_batch_norm():
     losses = np.array([0.5, 0.1, 0.9, 0.2, 0.7], np.float32)
     np.testing.assert_array_equal(abl.lowest(losses, 0.4), [False, True, False, True, False])
-    np.testing.assert_array_equal(np.flatnonzero(abl.lowest(losses, 0.01)), [1])
+    assert len(np.flatnonzero(abl.lowest(losses, 0.01))) == 2
 
 
 def test_ascent_makes_the_isolated_rows_wrong():

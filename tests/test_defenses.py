@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from csc_gpu.backend import open_backend
 from csc_gpu.config import names, override
 from csc_gpu.defenses import DEFENSES, RATE, RESERVE
-from csc_gpu.errors import ConfigError
+from csc_gpu.errors import ConfigError, CorpusError, TrainingDiverged
 from csc_gpu.types import Corpus, DefenderView, Outcome
 from tests.test_gpu_backend import digits
 from tests.worlds import world
@@ -162,3 +162,24 @@ def test_an_island_of_another_class_is_found(name):
         how = override(how, {f"{name}.rate": float(there.poison.mean())})
     told = DEFENSES[name].judge(there.points, there.labels, how, CPU, seed=0)
     assert told.suspect[there.poison].mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["none-defense", "nad", "dp-sgd"])
+def test_one_that_looks_into_our_nets_refuses_those_of_a_library(name):
+    pytest.importorskip("timm")
+    settings = override(settings_of(name), {"train.model": "timm:test_resnet"})
+    view = DefenderView(digits()[0].take(np.arange(24)), clean(300, 320))
+    with pytest.raises(ConfigError, match=r"train\.model"):
+        DEFENSES[name].run(view, settings, CPU, seed=1)
+
+
+def test_a_net_that_diverged_is_no_outcome():
+    settings = override(settings_of("plain"), {"train.lr": 1e9, "train.epochs": 1})
+    with pytest.raises(TrainingDiverged):
+        DEFENSES["plain"].run(DefenderView(digits()[0]), settings, CPU, seed=1)
+
+
+def test_too_few_clean_images_to_train_on_are_refused_in_one_line():
+    view = DefenderView(digits()[0].take(np.arange(24)), clean(300, 301))
+    with pytest.raises(CorpusError, match="too few to train on"):
+        DEFENSES["nad"].run(view, settings_of("nad"), CPU, seed=1)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from csc_gpu import comparison, matrix
+from csc_gpu import comparison, matrix, run
 from csc_gpu.backend import open_backend
 from csc_gpu.cli import cli
 from csc_gpu.defenses import DEFENSES, Entry
-from csc_gpu.errors import ConfigError, CorpusError, Terminated
+from csc_gpu.errors import ConfigError, CorpusError, OutputError, Terminated
 from csc_gpu.types import Corpus
 from tests.test_defenses import clean
 
@@ -82,6 +82,7 @@ def test_a_plan_is_every_combination_and_no_attack_is_there_once(tmp_path):
         ('defenses = ["magic"]', "magic"),
         ('attacks = ["magic"]', "magic"),
         ("seeds = []", "plan.seeds"),
+        ("seeds = [-1]", "plan.seeds"),
         ("reserve = 1.0", "plan.reserve"),
         ("colour = 1", "colour"),
         ("seeds = [0", "TOML"),
@@ -214,6 +215,7 @@ def test_a_failed_cell_is_a_line_with_its_error_and_the_others_go_on(source, tmp
     rows = list(matrix.cells(plan, out, tmp_path / "w", CPU))
     assert rows[0]["error"] == "ValueError: out of luck" and rows[1]["error"] is None
     assert any("out of luck" in line for line in rows[0]["trace"])
+    assert not any('"/' in line or line.startswith("/") for line in rows[0]["trace"])
     assert list(matrix.cells(plan, out, tmp_path / "w", CPU)) == []
     assert len(list(matrix.cells(plan, out, tmp_path / "w", CPU, retry=True))) == 1
     assert len(times) == 2
@@ -231,6 +233,37 @@ def test_one_that_is_asked_to_stop_stops(source, tmp_path, monkeypatch):
     with pytest.raises(Terminated):
         list(matrix.cells(plan_of(source, defenses=("slow",)), out, tmp_path / "w", CPU))
     assert not out.exists()
+
+
+def test_a_second_process_is_refused_the_folder_of_work(source, tmp_path):
+    with run.locked(tmp_path / "w"), pytest.raises(OutputError, match="another csc-gpu"):
+        next(matrix.cells(plan_of(source), tmp_path / "rows.jsonl", tmp_path / "w", CPU))
+
+
+def test_reading_rows_changes_no_file_and_a_whole_line_counts_without_its_end(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"key": name, "defense": "ac"}) for name in "ab"]
+    path.write_text("\n".join(lines))
+    assert [row["key"] for row in matrix.read_rows(path)] == ["a", "b"]
+    assert path.read_text() == "\n".join(lines)
+    matrix.end_line(path)
+    matrix.append(path, {"key": "c", "defense": "ac"})
+    assert [row["key"] for row in matrix.read_rows(path)] == ["a", "b", "c"]
+    with path.open("a") as file:
+        file.write('{"key": "d", "def')
+    assert len(matrix.read_rows(path)) == 3 and path.read_text().endswith("def")
+    matrix.end_line(path)
+    assert path.read_text().endswith("}\n")
+    with pytest.raises(ConfigError, match="no results file"):
+        matrix.read_rows(tmp_path)
+
+
+def test_a_rate_that_the_plan_gives_is_not_called_the_true_one(source):
+    plan = plan_of(source, defense={"spectral": {"spectral.rate": 0.2}})
+    assert matrix.changes_of(plan, "spectral", 0.1)["spectral.rate"] == 0.2
+    assert not matrix._is_told(plan, "spectral", 0.1)
+    assert matrix._is_told(plan_of(source), "spectral", 0.1)
+    assert not matrix._is_told(plan_of(source), "spectral", 0.0)  # no attack: the default rate
 
 
 # ------------------------------------------------------------------------------------ comparison
@@ -276,6 +309,33 @@ def test_an_attack_that_did_not_take_hold_and_a_failure_are_said():
     (line,) = comparison.lines([failed, made(seed=1)])
     assert "no luck" in line.remark and len(line.rows) == 1
     assert comparison.lines([made(told_rate=0.1)])[0].defense == "ac*"
+
+
+def test_what_was_changed_is_said_beside_the_remark_and_no_bar_breaks_the_table():
+    weak = made(before={"acc": 0.9, "asr": 0.2}, changed={"ac.dims": 6})
+    assert comparison.lines([weak])[0].told == f"{comparison.NOT_TAKEN}; ac.dims=6"
+    failed = comparison.markdown(comparison.lines([made(error="a | b")]))
+    assert r"a \| b" in failed
+
+
+def test_names_in_a_plot_do_not_overlap_and_two_of_a_kind_are_told_apart():
+    rows = [made(f"defense-{number}", asr=1.0) for number in range(12)]
+    named = comparison.labelled(comparison.lines([*rows, made(), made(key="z", changed={"d": 6})]))
+    assert {"ac", "ac d=6"} <= set(named)
+    svg = ElementTree.fromstring(comparison.scatter(named, "asr", "acc", "x", "y"))
+    texts = [text for text in svg.iter() if text.tag.endswith("text") and "fill" in text.attrib]
+    places = {(text.attrib["x"], text.attrib["y"]) for text in texts}
+    assert len(texts) == len(places) == 14
+    heights = sorted(float(y) for x, y in places if float(x) > 300)
+    assert min(np.diff(heights)) >= 10 and max(heights) < comparison.HEIGHT
+    assert len({comparison.colour(number) for number in range(18)}) == 18
+
+
+def test_a_plot_tells_n_and_spread():
+    named = comparison.labelled(comparison.lines([made(seed=0, asr=0.1), made(seed=1, asr=0.3)]))
+    told = comparison.scatter(named, "asr", "acc", "x", "y")
+    assert "x 0.2000 ± 0.1414, y 0.8000 ± 0.0000, n 2" in told
+    assert "3.00 ± 0.00" in comparison.bars(named, "x plain", "cost")
 
 
 def test_the_page_is_whole_and_its_plots_hold_every_defense(tmp_path):

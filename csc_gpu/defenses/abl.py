@@ -24,7 +24,7 @@ from csc_gpu.backend import Backend, Batch
 from csc_gpu.backend.ranks import Forward
 from csc_gpu.config import require
 from csc_gpu.defenses.course import Course, verdict
-from csc_gpu.train import Method, constant, cross_entropy, falling
+from csc_gpu.train import FEWEST, Method, constant, cross_entropy, falling
 from csc_gpu.types import DefenderView, Mask, Outcome
 
 HELD = ("flooding", "lga")
@@ -139,8 +139,8 @@ def ascent(forward: Forward, batch: Batch, step: int) -> torch.Tensor:
 
 
 def lowest(losses: NDArray[np.float32], share: float) -> Mask:
-    """The rows of the lowest losses (N,), at least one. (N,)"""
+    """The rows of the lowest losses (N,), as many as batch norm needs at least. (N,)"""
     isolated = np.zeros(len(losses), bool)
-    count = max(1, int(share * len(losses)))
+    count = max(FEWEST, int(share * len(losses)))
     isolated[np.argsort(losses, kind="stable")[:count]] = True
     return isolated

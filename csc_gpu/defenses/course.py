@@ -165,7 +165,13 @@ class Course:
     def outcome(
         self, model: Net, undefended: Net | None = None, verdict: Segregation | None = None
     ) -> Outcome:
-        """What the run ends with; no undefended net, if the defense trains none."""
+        """What the run ends with; no undefended net, if the defense trains none.
+
+        Raises TrainingDiverged if a weight is not finite: such a net names one class whatever it
+        sees, and that would be scored as a backdoor, or as the cure of one.
+        """
+        if not all(bool(torch.isfinite(weight).all()) for weight in model.state_dict().values()):
+            raise TrainingDiverged("training diverged: weights are not finite; lower a rate (lr)")
         seconds = self.clock.seconds
         return Outcome(model, undefended, self.corpus.n_classes, verdict, {}, seconds)
 

@@ -24,7 +24,7 @@ from csc_gpu.backend import Backend, Batch
 from csc_gpu.backend.ranks import Forward
 from csc_gpu.config import require
 from csc_gpu.defenses.course import Course
-from csc_gpu.models import Block, Net
+from csc_gpu.models import Block, Net, blocks_of
 from csc_gpu.train import Method, Objective, cross_entropy, falling
 from csc_gpu.types import Corpus, DefenderView, Outcome
 
@@ -76,6 +76,7 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
     """Train, fine-tune a teacher on the clean images, distil its attention into the net."""
     course = Course(view, settings, backend, **how)
     chosen, reserve = settings.nad, course.reserve
+    blocks_of(course.fresh(), "nad")  # before an hour is spent
     model = course.trained()
 
     def tuned(name: str, epochs: int, again: int, net: Net, aim: Objective = cross_entropy) -> Net:

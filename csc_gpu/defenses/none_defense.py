@@ -32,7 +32,7 @@ from csc_gpu.backend.ranks import Forward
 from csc_gpu.config import require
 from csc_gpu.defenses.course import Course, verdict
 from csc_gpu.features import BATCH
-from csc_gpu.models import Block, Net
+from csc_gpu.models import Net, blocks_of
 from csc_gpu.train import Method, constant, cross_entropy
 from csc_gpu.types import Array, Corpus, DefenderView, Outcome
 
@@ -86,6 +86,7 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
     """Train, reset the compromised channels, fine-tune without the rows that fire them most."""
     course = Course(view, settings, backend, **how)
     chosen, xp = settings.none_defense, backend.xp
+    blocks_of(course.fresh(), "none-defense")  # before an hour is spent
     model = course.trained()
     cured = copy.deepcopy(model)
     with course.clock("judge"):
@@ -115,8 +116,11 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
 
 
 def layers(model: Net) -> Iterator[Layer]:
-    """The convolutions of all blocks, but for those of the narrowest width."""
-    blocks = [part for part in model.features.modules() if isinstance(part, Block)]
+    """The convolutions of all blocks, but for those of the narrowest width.
+
+    Raises ConfigError for a net of other blocks.
+    """
+    blocks = blocks_of(model, "none-defense")
     narrowest = min(block.conv1.out_channels for block in blocks)
     for block in blocks:
         if block.conv1.out_channels == narrowest:

@@ -186,6 +186,8 @@ def _two_groups(
 
 def anomaly_index(gains: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far each J lies above the median of all, in median absolute deviations. (C,)"""
+    if not len(gains):
+        return gains
     above = gains - np.median(gains)
     deviation = CONSISTENT * np.median(abs(above))
     return above / max(float(deviation), np.finfo(float).tiny)
