@@ -19,6 +19,7 @@ from typing import Any
 
 from csc_gpu import matrix, run
 from csc_gpu.backend import Backend
+from csc_gpu.defenses import RESERVE
 from csc_gpu.errors import CorpusError
 from csc_gpu.pipeline import EFFECTIVE
 from csc_gpu.progress import Console
@@ -96,9 +97,10 @@ class Line:
 
     @property
     def defense(self) -> str:
-        """Its name, with what was changed; * if it was told the poisoning rate."""
+        """Its name; * if it was told the poisoning rate, † if it was given clean images."""
         told = "*" if any(row.get("told_rate") for row in self.rows) else ""
-        return f"{self.first['defense']}{told}"
+        given = "†" if any(RESERVE in row.get("needs", ()) for row in self.rows) else ""
+        return f"{self.first['defense']}{told}{given}"
 
     @property
     def changed(self) -> str:
@@ -194,11 +196,11 @@ def shown(found: Sequence[Line]) -> list[str]:
     return [name for name in COLUMNS if any(line.figure(name).values for line in found)]
 
 
-def markdown(found: Sequence[Line], columns: Sequence[str] = (), *, level: int = 3) -> str:
+def markdown(found: Sequence[Line], columns: Sequence[str] = ()) -> str:
     """A table for every data set and attack, under a heading; all columns, if none are named."""
     columns, parts = columns or shown(found), []
     for (data, attack), ours in cells(found).items():
-        parts.append(f"{'#' * level} {data}, {attack}\n")
+        parts.append(f"### {data}, {attack}\n")
         parts.append(f"| defense | n | {' | '.join(columns)} | remark |")
         parts.append("|---" * (len(columns) + 3) + "|")
         for line in ours:
@@ -220,13 +222,21 @@ def notes(found: Sequence[Line]) -> list[str]:
     ]
     if any(row["told_rate"] for row in rows):
         told.append("* was told the true poisoning rate; oracle was told the poison itself.")
-    for row in rows[:1]:
-        versions = row["versions"]
-        told.append(
-            f"{row['settings']['train.model']}, {versions.get('processor', '')} {row['machine']}, "
-            f"torch {versions.get('torch', '?')}, commit {row['commit']}."
-        )
+    if any(RESERVE in row["needs"] for row in rows):
+        told.append("† was given clean images, the reserve.")
+    told.append(
+        f"{_each(row['settings']['train.model'] for row in rows)}, "
+        f"{_each(row['versions'].get('processor', '') for row in rows)} "
+        f"{_each(row['machine'] for row in rows)}, "
+        f"torch {_each(row['versions'].get('torch', '?') for row in rows)}, "
+        f"commit {_each(row['commit'] for row in rows)}."
+    )
     return told
+
+
+def _each(values: Iterable[str]) -> str:
+    """All that differ, in the order in which they come."""
+    return ", ".join(dict.fromkeys(values))
 
 
 def table_csv(found: Sequence[Line]) -> str:

@@ -273,7 +273,7 @@ def made(defense="ac", seed=0, asr=0.1, **more):
     row = {
         "key": f"{defense}{seed}{more.get('attack', '')}", "data": "few", "attack": "badnets",
         "rate": 0.1, "rate_of": "corpus", "label_noise": 0.0, "attack_options": {}, "seed": seed,
-        "defense": defense, "changed": {}, "error": None, "told_rate": None,
+        "defense": defense, "changed": {}, "error": None, "told_rate": None, "needs": [],
         "before": {"acc": 0.9, "asr": 0.95}, "after": {"acc": 0.8, "asr": asr, "ra": 0.7},
         "recovered": None, "detection": {"tpr": 0.5, "fpr": 0.25, "auroc": None},
         "seconds_in_all": 30.0, "times_plain": 3.0, "settings": {"train.model": "resnet8"},
@@ -309,6 +309,14 @@ def test_an_attack_that_did_not_take_hold_and_a_failure_are_said():
     (line,) = comparison.lines([failed, made(seed=1)])
     assert "no luck" in line.remark and len(line.rows) == 1
     assert comparison.lines([made(told_rate=0.1)])[0].defense == "ac*"
+    assert comparison.lines([made(needs=["reserve"])])[0].defense == "ac†"
+
+
+def test_the_notes_name_every_commit_and_what_the_signs_mean():
+    rows = [made(), made(seed=1, commit="def"), made("scan", needs=["reserve"]), made("ct")]
+    told = " ".join(comparison.notes(comparison.lines(rows)))
+    assert "commit abc, def." in told and "† was given clean images" in told
+    assert "†" not in " ".join(comparison.notes(comparison.lines([made()])))
 
 
 def test_what_was_changed_is_said_beside_the_remark_and_no_bar_breaks_the_table():
