@@ -33,7 +33,7 @@ from benchmarks.detection import (
 )
 from csc_gpu import comparison
 from csc_gpu.matrix import read_rows
-from csc_gpu.pipeline import EFFECTIVE as HOLDS
+from csc_gpu.scoring import EFFECTIVE as HOLDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "defenses.md")

@@ -236,11 +236,11 @@ def poison(
     SOURCE is an image folder (train/<class>/*, test/<class>/*, or <class>/* alone), an .npz with
     x_train, y_train, x_test, y_test, a CSV manifest path,label[,split], or the word digits.
     """
-    from csc_gpu import attacks, pipeline
+    from csc_gpu import attacks, corpora
 
     wanted = attacks.Plan(**plan)
     settings = attacks.settings_of(wanted.attack, options, trigger, mask)
-    told = pipeline.poison(
+    told = corpora.poison(
         source,
         out,
         wanted,
@@ -286,14 +286,14 @@ def import_(
     in it is run. --clean is a corpus as for csc-gpu train; it gives the original labels and
     the test images, and BackdoorBench, which stores stamped images alone, cannot do without it.
     """
-    from csc_gpu import attacks, pipeline
+    from csc_gpu import attacks, corpora
 
     if attack == "none" and (trigger or mask or options):
         raise ConfigError("--trigger, --mask and --option are an attack's; name it with --attack")
     any_rate = 0.5  # the set has its own, and its target
     plan = attacks.Plan(attack=attack, target="0", rate=any_rate, seed=seed)
     settings = attacks.settings_of(attack, options, trigger, mask)
-    click.echo(pipeline.import_corpus(plan=plan, settings=settings, **what))
+    click.echo(corpora.import_corpus(plan=plan, settings=settings, **what))
 
 
 @cli.command(name="export-corpus")
@@ -313,9 +313,9 @@ def export_corpus(**what: Any) -> None:
     load_attack_result cannot read an export, for it builds the clean set by name: lay its data
     class prepro_cls_DatasetBD_v2, with set_state, over OUT/clean.
     """
-    from csc_gpu import pipeline
+    from csc_gpu import corpora
 
-    click.echo(pipeline.export_corpus(**what))
+    click.echo(corpora.export_corpus(**what))
 
 
 @cli.command()
@@ -338,9 +338,9 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
     OUT is a SOURCE like any other, opened without looking for files, and gives the same run. Images
     keep their bytes; arrays become PNGs. Where SOURCE holds nothing out, --set data.holdout does.
     """
-    from csc_gpu import pipeline
+    from csc_gpu import corpora
 
-    click.echo(pipeline.pack(source, out, changes, **how))
+    click.echo(corpora.pack(source, out, changes, **how))
 
 
 @cli.command()
@@ -433,9 +433,9 @@ def train(
 @click.option("--cpu", is_flag=True, help="Use the processor, whatever the run used.")
 def score(run: Path, key: Path, cpu: bool) -> None:
     """Compare a RUN with the answer key: before, after, detection; writes score.json."""
-    from csc_gpu import pipeline
+    from csc_gpu import scoring
 
-    click.echo(pipeline.score(run, key, cpu=cpu))
+    click.echo(scoring.score(run, key, cpu=cpu))
 
 
 @cli.command()
@@ -454,12 +454,12 @@ def predict(run: Path, images: tuple[str, ...], **how: bool) -> None:
     exit status is then 2. With --recovered every image gets its true class from the net that has
     learnt from no suspect, and `rejected: trigger` comes last where the model of RUN says so.
     """
-    from csc_gpu import pipeline
+    from csc_gpu import serving
 
     named: Iterable[str] = images
     if images == ("-",):
         named = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
-    for line in pipeline.predict(run, filter(None, named), **how):
+    for line in serving.predict(run, filter(None, named), **how):
         click.echo(line)
 
 
@@ -477,9 +477,9 @@ def export_model(**what: Any) -> None:
     onnx and torchscript take uint8 images (B, H, W, 3) and give probabilities, the last that of the
     virtual class. safetensors holds the weights; its metadata say how images are normalised.
     """
-    from csc_gpu import pipeline
+    from csc_gpu import serving
 
-    click.echo(pipeline.export_model(**what))
+    click.echo(serving.export_model(**what))
 
 
 @cli.command()

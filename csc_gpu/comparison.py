@@ -21,8 +21,8 @@ from csc_gpu import matrix, run
 from csc_gpu.backend import Backend
 from csc_gpu.defenses import RESERVE
 from csc_gpu.errors import CorpusError
-from csc_gpu.pipeline import EFFECTIVE
 from csc_gpu.progress import Console
+from csc_gpu.scoring import EFFECTIVE
 
 Row = Mapping[str, Any]
 COLUMNS: dict[str, tuple[str, ...]] = {

@@ -1,23 +1,24 @@
-"""What each command does, as one library call: load, work, save, and the text to print."""
+"""What commands do, as one library call: load, work, save, and the text to print.
+
+Those that make corpora are in corpora.py, `score` is in scoring.py, and what a finished run is used
+for in serving.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from csc_gpu import answers, attacks, conceal, csc, data, evaluate, foreign, report, run, sources
 from csc_gpu import clean as cleaning
-from csc_gpu import pack as packing
+from csc_gpu import conceal, csc, data, evaluate, report, run, sources
 from csc_gpu import plan as planning
 from csc_gpu import segregate as segregation
 from csc_gpu.backend import Backend, open_backend, reader
@@ -25,20 +26,15 @@ from csc_gpu.backend.doctor import describe
 from csc_gpu.board import Board
 from csc_gpu.checkpoint import Folder, Following, Record
 from csc_gpu.config import flattened, override, to_toml
-from csc_gpu.data.folders import images_below
 from csc_gpu.defenses import DEFENSES, RESERVE, Entry
-from csc_gpu.errors import ConfigError, CorpusError, Interrupted, OutputError
-from csc_gpu.export import TRIED, export
+from csc_gpu.errors import ConfigError, Interrupted, OutputError
 from csc_gpu.features import width
-from csc_gpu.guarded import REJECTED, Answer, GuardedClassifier
-from csc_gpu.harmless import printable
 from csc_gpu.models import new_model
 from csc_gpu.progress import Console
 from csc_gpu.report import findings
 from csc_gpu.run import read_summary
 from csc_gpu.train import budget
 from csc_gpu.types import (
-    AnswerKey,
     Corpus,
     DefenderView,
     Drawing,
@@ -57,166 +53,6 @@ TOO_MANY = (
     "no verdict: more rows stand out alike than segregate.max_share or max_label_share allows; "
     "look at clusters.csv, and raise the share if they are poison"
 )
-AS_FLOATS = 5
-"""Most bytes that an export writes for one of ours: a float, and once more as PNG."""
-SAME_ROWS = 0.75
-"""Of stamped images fewer nearer to their clean image than to another: it is not theirs. (By chance
-half are.)"""
-EFFECTIVE = 0.5
-"""Below this attack success without a defense, none can claim to have suppressed it."""
-
-
-# --- poison -------------------------------------------------------------------------------------
-
-
-def poison(
-    source: str,
-    out: Path,
-    plan: attacks.Plan,
-    settings: Any,
-    *,
-    size: int,
-    skip_broken: bool,
-    force: bool,
-    preview: Path | None,
-    machine: Callable[[], Backend],
-) -> str:
-    """Poison a source and write it with its key; what was done, in a few lines.
-
-    Only an attack that learns its trigger asks for the machine.
-    """
-    run.check_free(out, run.POISONED, force=force)
-    run.check_apart(source, out)
-    if preview is not None and (preview.suffix.lower() != ".png" or preview.is_dir()):
-        raise OutputError(f"--preview draws a PNG: {preview} must be a file that ends in .png")
-    backend = machine() if attacks.ATTACKS[plan.attack].learns(settings) else None
-    with Console() as log:
-        split = sources.load(source, data.Settings(size=size), skip_broken=skip_broken, log=log)
-        trigger = attacks.ready(split, plan, settings, backend, log)
-        poisoned, key = attacks.poison(split, trigger)
-        if preview is not None:
-            with run.writing(preview):
-                Image.fromarray(attacks.preview(split.train, trigger)).save(preview)
-        with run.fresh_directory(out, run.POISONED, force=force) as folder:
-            answers.save_poisoned(folder, poisoned, key, log)
-    counts = key.recipe["counts"]
-    covers = f"{counts['covers']} covers, " if counts["covers"] else ""
-    sheet = f"preview: {preview}\n" if preview else ""
-    return (
-        f"{counts['poison']} of {counts['rows']} rows poisoned with {plan.attack}, {covers}"
-        f"target {key.recipe['target_name']!r} (class {key.recipe['target']})\n{sheet}"
-        f"corpus: {out}\nanswer key: {out / 'key.npz'}"
-    )
-
-
-# --- sets of other tools ------------------------------------------------------------------------
-
-
-def import_corpus(
-    source: Path,
-    out: Path,
-    layout: str,
-    clean: str,
-    plan: attacks.Plan,
-    settings: Any,
-    *,
-    force: bool,
-) -> str:
-    """Write another tool's poisoned set as `poison` would; what it is, in a few lines.
-
-    The plan's attack stamps the clean test images, where the set stores none with its trigger.
-    """
-    found_in = foreign.named(layout)
-    run.check_free(out, run.POISONED, force=force)
-    for place in filter(None, (str(source), clean)):
-        run.check_apart(place, out)
-    origin = {"format": layout, "path": str(source.absolute()), "clean": clean or None}
-    with Console() as log:
-        base = foreign.read_clean(clean, log) if clean else None
-        found = foreign.stamped(found_in.read(source, base, log), plan, settings)
-        split, key = foreign.adopt(found, plan, settings, origin)
-        with run.fresh_directory(out, run.POISONED, force=force) as folder:
-            answers.save_poisoned(folder, split, key, log)
-    return f"{imported(key)}\ncorpus: {out}\nanswer key: {out / 'key.npz'}"
-
-
-def imported(key: AnswerKey) -> str:
-    """What an imported set holds, and what it cannot be asked."""
-    counts, source = key.recipe["counts"], key.recipe["source"]
-    covers = f", {counts['covers']} covers" if counts["covers"] else ""
-    lines = [f"{counts['poison']} of {counts['rows']} rows are poison{covers}"]
-    if counts["poison"]:
-        lines[0] += f", labelled {key.recipe['target_name']!r}"
-    if source.get("flagged_maybe_covers"):
-        lines.append(
-            f"{source['flagged_maybe_covers']} of these may be covers: their label was kept"
-        )
-    off = source.get("trigger_off")
-    if off and off["stamped"] >= off["clean"]:
-        lines.append(
-            "warning: stamped so, clean rows are no nearer to the set's poison "
-            f"({off['stamped']:.1f} grey levels off, {off['clean']:.1f} without): another trigger?"
-        )
-    if min(source.get("own_row_nearer", {}).values(), default=1.0) < SAME_ROWS:
-        lines.append(
-            "warning: the stored images are hardly nearer to the images of --clean that they "
-            "replace than to others: another order, or other pixels?"
-        )
-    if not len(key.test):
-        lines.append("no test images (--clean): score will tell detection alone")
-    elif not len(key.triggered):
-        stored = ", with the set's own grids for wanet" if "grids" in source else ""
-        lines.append(f"no triggered test images: --attack makes some{stored}")
-    return "\n".join(lines)
-
-
-def export_corpus(source: Path, out: Path, layout: str, *, force: bool) -> str:
-    """Write a corpus of `poison` in another tool's layout; where it is, in a few lines."""
-    written_as = foreign.named(layout)
-    kind = run.Kind("export-corpus", written_as.names | {foreign.BASE})
-    run.check_free(out, kind, force=force)
-    run.check_apart(str(source), out)
-    with Console() as log:
-        key = answers.load_key(source / "key.npz")
-        split = sources.load(str(source), data.Settings(), log=log)
-        foreign.require_writable(source, split, key)
-        with run.fresh_directory(out, kind, force=force) as folder:
-            run.check_room(folder, AS_FLOATS * (split.train.images.nbytes + key.test.nbytes))
-            written_as.write(folder, split, key, out.resolve())
-            foreign.write_base(folder / foreign.BASE, split, key)
-    base = f"clean data set in its order (stamped rows black): {out / foreign.BASE}"
-    return "\n".join(filter(None, (f"{layout}: {out}", base, written_as.lacks)))
-
-
-# --- pack ---------------------------------------------------------------------------------------
-
-
-def pack(
-    source: str,
-    out: Path,
-    changes: Mapping[str, Any],
-    *,
-    shard_bytes: int,
-    skip_broken: bool,
-    force: bool,
-) -> str:
-    """Write a source as tar shards with a manifest, and read them back; what was packed."""
-    settings: csc.Settings = override(csc.Settings(), dict(changes))
-    run.check_free(out, run.PACKED, force=force)
-    run.check_apart(source, out)
-    with Console() as log:
-        split = data.open_source(source, settings.data, log)
-        if split.train.files:
-            split = sources.sound(source, split, skip_broken=skip_broken, log=log)
-        n_bytes = packing.encoded_bytes(split.train) + packing.encoded_bytes(split.test)
-        with run.fresh_directory(out, run.PACKED, force=force) as folder:
-            run.check_room(folder, n_bytes)
-            n_shards = packing.write(folder, split, shard_bytes, log)
-    left_out = f", {len(split.broken)} broken ones left out" if split.broken else ""
-    return (
-        f"{len(split.train)} images to train on and {len(split.test)} to test in {n_shards} "
-        f"shards, read back and found the same{left_out}\ncorpus: {out}"
-    )
 
 
 # --- train --------------------------------------------------------------------------------------
@@ -617,174 +453,6 @@ def per_class(suspect: Mask, labels: Labels, classes: tuple[str, ...]) -> dict[s
     """Suspects by class name, classes without any left out."""
     counts = np.bincount(labels[suspect], minlength=len(classes))
     return {classes[label]: int(count) for label, count in enumerate(counts) if count}
-
-
-# --- score --------------------------------------------------------------------------------------
-
-
-def score(folder: Path, key_path: Path, *, cpu: bool) -> str:
-    """Compare a run with the key and write score.json; a small table."""
-    summary = read_summary(folder)
-    key = answers.load_key(key_path)
-    if list(key.test.shape[1:3]) != summary["image_size"]:
-        raise CorpusError(
-            f"the run saw images of {summary['image_size']} pixels, the key holds "
-            f"{list(key.test.shape[1:3])}; train with --set data.size={key.test.shape[1]}"
-        )
-    backend = open_backend("cpu" if cpu else summary["backend"])
-    n_classes = summary["n_classes"]
-    result: dict[str, Any] = {"key": str(key_path), "recipe": dict(key.recipe), "detection": None}
-    if (folder / run.RESERVE).exists():
-        known = answers.is_among(key.test, run.load_reserve(folder / run.RESERVE))
-        key = answers.without_test(key, known)
-        result["test_left_out"] = int(known.sum())  # the defense was given them as clean images
-    for when, name, outputs in (
-        ("before", "undefended", n_classes),
-        ("after", "model", summary["n_outputs"]),
-    ):
-        if not (folder / f"{name}.safetensors").exists() and when == "before":
-            result[when] = None  # the defense trains no net that it does not defend
-            continue
-        model = run.load_model(folder / f"{name}.safetensors", summary, outputs)
-        model.to(backend.device)
-        result[when] = evaluate.accuracy_and_attack(model, key, n_classes, backend)
-    result["recovered"] = recovered_score(folder, summary, key, backend)
-    if (folder / "suspects.csv").exists():
-        suspects = run.load_suspects(folder / "suspects.csv")
-        told = joined(suspects, key, key_path)
-        not_seen = len(key.paths) - len(suspects.paths)
-        result["detection"] = {**evaluate.detection(*told, key), "rows_not_seen": not_seen}
-        result["curves"] = evaluate.curves(told[1], key)
-    with run.writing(folder / "score.json"):
-        run.write_json(folder / "score.json", result)
-    where = f"\nsuspects: {folder / 'suspects.csv'}" if result["detection"] else ""
-    return f"{table(result)}\nscore: {folder / 'score.json'}{where}"
-
-
-def recovered_score(
-    folder: Path, summary: Mapping[str, Any], key: AnswerKey, backend: Backend
-) -> evaluate.Score | None:
-    """acc, asr and ra of the recovered net, over its C outputs; None if the run has none."""
-    if not (folder / "recovered.safetensors").exists():
-        return None
-    model = run.load_net(folder, summary, recovered=True).to(backend.device)
-    return evaluate.accuracy_and_attack(model, key, summary["n_classes"], backend)
-
-
-def joined(
-    suspects: run.Suspects, key: Any, key_path: Path
-) -> tuple[Mask, np.ndarray[Any, np.dtype[np.float64]]]:
-    """Verdict and score in the key's row order, joined by path; rows left out are not suspect."""
-    at = {path: row for row, path in enumerate(key.paths)}
-    strangers = [path for path in suspects.paths if path not in at]
-    if strangers:
-        raise CorpusError(
-            f"{key_path} is not the key to this run: it does not know {strangers[0]} "
-            f"and {len(strangers) - 1} more rows"
-        )
-    suspect, score = np.zeros(len(key.paths), bool), np.zeros(len(key.paths))
-    rows = np.array([at[path] for path in suspects.paths])
-    suspect[rows], score[rows] = suspects.suspect, suspects.score
-    return suspect, score
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """before and after, line by line; - where there is nothing to count."""
-
-    def cell(name: str, value: float | None) -> str:
-        return f"{name} {'-' if value is None else format(value, '.3f')}"
-
-    shown = {
-        "before": ("acc", "asr"),
-        "after": ("acc", "asr", "ra", "virtual_triggered", "virtual_clean"),
-        "recovered": ("acc", "asr", "ra"),
-        "detection": ("tpr", "fpr", "precision", "auroc"),
-    }
-    lines = [
-        f"{part:10s} " + "  ".join(cell(name, result[part][name]) for name in names)
-        for part, names in shown.items()
-        if result[part]
-    ]
-    asr = result["before"]["asr"] if result["before"] else None
-    if asr is not None and asr < EFFECTIVE:
-        lines.append(
-            f"the attack did not take hold (asr before {asr:.3f}): no suppression is claimed"
-        )
-    return "\n".join(lines)
-
-
-# --- predict and export ---------------------------------------------------------------------------
-
-
-def predict(
-    folder: Path, images: Iterable[str], *, recovered: bool, jsonl: bool, cpu: bool
-) -> Iterator[str]:
-    """A line for every image, in order, folders looked through: what the run's model says.
-
-    Raises CorpusError after the last if any could not be read.
-    """
-    model = GuardedClassifier.load(folder, cpu=cpu, recovered=recovered)
-    told = as_json if jsonl else as_line
-    count, faults = 0, 0
-    for answer in model.answers(named_images(images)):
-        yield told(answer, model)
-        count += 1
-        faults += bool(answer.fault)
-    if faults:
-        raise CorpusError(
-            f"{faults} of {count} images could not be read; their lines say why, the others hold"
-        )
-
-
-def named_images(names: Iterable[str]) -> Iterator[Path]:
-    """Files as they are named, and of folders all images; an empty one stands for itself."""
-    for path in map(Path, names):
-        yield from (path.is_dir() and list(images_below(path))) or [path]
-
-
-def as_line(answer: Answer, model: GuardedClassifier) -> str:
-    """path, label or REJECTED, probability, with tabs between; nothing in it moves a terminal.
-
-    Where the recovered net names what the tripwire rejects, REJECTED comes last.
-    """
-    if answer.probabilities is None:
-        return f"{on_a_line(answer.path)}\terror: {on_a_line(answer.fault)}"
-    best = int(answer.probabilities.argmax())
-    label, share = str(model.classes_[best]), answer.probabilities[best]
-    alarm = f"\t{REJECTED}" if answer.rejected and best != model.n_classes else ""
-    return f"{on_a_line(answer.path)}\t{on_a_line(label)}\t{share:.4f}{alarm}"
-
-
-def as_json(answer: Answer, model: GuardedClassifier) -> str:
-    """path, label (null: the virtual class), rejected ("trigger" or null), probabilities."""
-    if answer.probabilities is None:
-        return json.dumps({"path": answer.path, "error": answer.fault})
-    best = int(answer.probabilities.argmax())
-    classes = model.classes_.tolist()
-    shares = [round(share, 6) for share in answer.probabilities.tolist()]
-    return json.dumps(
-        {
-            "path": answer.path,
-            "label": None if best == model.n_classes else classes[best],
-            "rejected": "trigger" if answer.rejected else None,
-            "probability": shares[best],
-            "probabilities": dict(zip(classes, shares, strict=True)),
-        }
-    )
-
-
-def on_a_line(text: str) -> str:
-    """The text, harmless, and without line ends."""
-    return printable(text).replace("\n", "\\n")
-
-
-def export_model(folder: Path, out: Path, layout: str, *, recovered: bool, force: bool) -> str:
-    """Write a run's model for other tools, checked; where it is, in two lines."""
-    if out.exists() and not (force and out.is_file()):
-        remedy = ", or pass --force" if out.is_file() else ""
-        raise OutputError(f"{out} exists already; choose another place{remedy}")
-    export(folder, out, layout, recovered=recovered)
-    return f"{layout}: {out}\nits probabilities are those of {folder} on {max(TRIED)} trial images"
 
 
 # --- clean --------------------------------------------------------------------------------------

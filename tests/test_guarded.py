@@ -19,7 +19,7 @@ from csc_gpu.backend import open_backend
 from csc_gpu.errors import ConfigError, CorpusError, OutputError
 from csc_gpu.guarded import REJECTED, GuardedClassifier
 from csc_gpu.models import Net, new_model
-from csc_gpu.pipeline import as_json, as_line
+from csc_gpu.serving import as_json, as_line
 from csc_gpu.types import Corpus
 from tests.test_cli import assert_refused, call, finished, own_cache  # noqa: F401
 

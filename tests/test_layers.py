@@ -27,7 +27,7 @@ LAYERS = (
     {"guarded", "datasets", "api"},
     {"export"},
     {"report", "clean", "review"},
-    {"pipeline", "bench"},
+    {"corpora", "pipeline", "scoring", "serving", "bench"},
     {"matrix"},
     {"comparison"},
     {"cli", "__main__"},
