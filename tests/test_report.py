@@ -114,6 +114,17 @@ def test_the_recovered_net_s_score_is_on_the_page_if_there_is_one():
         assert [value for name, value, _ in told if name == "true class"] == shown
 
 
+def test_the_page_says_what_each_witness_found():
+    case = {"label": 0, "commands": [["core", 0.1], ["halves", 0.25]], "limit": 0.5, "flagged": 7}
+    told = {"labels": [case | {"trigger": False}], "cleared_labels": [1], "verified": True}
+    line, cleared = report.witness({"segregation": told, "classes": ["cat", "dog"]})
+    assert "turns 25.0% of them into 'cat': no trigger (the limit is 50.0%). 7 rows" in line
+    assert cleared == "'dog' was suspected and cleared."
+    narrow = case | {"trigger": False, "chosen": "narrow", "source": 1, "most": 0.96}
+    (line,) = report.witness({"segregation": {"labels": [narrow]}, "classes": ["cat", "dog"]})
+    assert "It turns 96.0% of 'dog' into 'cat': a trigger for these alone. 7 rows" in line
+
+
 def test_on_paper_the_notes_are_as_large_as_the_text_and_closed_parts_are_open(place, tmp_path):
     with opened(tmp_path / "profile") as browser:
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})

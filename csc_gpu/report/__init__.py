@@ -175,11 +175,17 @@ def witness(about: Mapping[str, Any]) -> list[str]:
         name = classes[case["label"]]
         best = max((share for _, share in case.get("commands", [])), default=0.0)
         is_one = "a trigger" if case.get("trigger") else "no trigger"
-        lines.append(
+        text = (
             f"The pattern in which a group of {name!r} differs from the rest of it, added to "
             f"images of other labels, turns {percent(best)} of them into {name!r}: {is_one} (the "
-            f"limit is {percent(case.get('limit'))}). {case.get('flagged', 0)} rows are flagged."
+            f"limit is {percent(case.get('limit'))})."
         )
+        if "source" in case:
+            text += (
+                f" It turns {percent(case['most'])} of {classes[case['source']]!r} into {name!r}: "
+                "a trigger for these alone."
+            )
+        lines.append(f"{text} {case.get('flagged', 0)} rows are flagged.")
     lines += [
         f"{classes[label]!r} was suspected and cleared." for label in told.get("cleared_labels", [])
     ]
