@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,10 +156,20 @@ def as_they_see(pixels: np.ndarray) -> torch.Tensor:
 
 
 def example() -> str:
-    """The lines that the module's docstring gives, which are the README's; with a short check."""
-    text = watcher.__doc__
-    lines = text.split("first epochs:\n\n")[1].split("\n\nWithout a witness")[0]
-    return textwrap.dedent(lines).replace("Watcher(labels)", "Watcher(labels, quick)")
+    """The ten lines of the README, with short checks."""
+    (lines,) = [block for block in blocks() if "Watcher(" in block]
+    return lines.replace("Watcher(labels)", "Watcher(labels, quick)")
+
+
+def blocks() -> list[str]:
+    """The Python of the README."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_readme_and_the_docstring_show_the_same_lines():
+    assert watcher.__doc__ is not None
+    assert textwrap.indent(example().replace(", quick", ""), "    ").rstrip() in watcher.__doc__
 
 
 @pytest.fixture(scope="module")
