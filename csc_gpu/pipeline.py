@@ -105,21 +105,12 @@ def train(
             Console(folder / "log.jsonl", silent=quiet, board=board) as log,
             kept.heeding_sigterm(),
         ):
-            together = f", {backend.ranks.world} ranks" if backend.ranks.world > 1 else ""
-            rule = f", rule {settings.segregate.rule}" if isinstance(settings, csc.Settings) else ""
-            log.say(
-                f"csc-gpu train: {settings.train.model} on {backend.name}{together}, defense "
-                f"{defense}{rule}, seed {seed}, flip {'on' if settings.train.flip else 'off'}"
-            )
+            log.say(heading(**how))
             check = MemoryCheck(settings, backend, log)
             split = opened(source, settings, backend, check, broken, log)
             if reserve:
                 how["trusted"] = sources.reserve(reserve, split.train, log=log)
-            plan = budget(len(split.train), settings.train)
-            log.say(
-                f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} "
-                f"held out; {plan.epochs} epochs are {plan.steps} optimiser steps"
-            )
+            log.say(extent(split, settings))
             run.check_room(folder, needed_bytes(split.train, settings))
             about = identity(source, split.train, settings, defense, seed)
             about |= {"--reserve": str(Path(reserve).absolute())} if reserve else {}
@@ -134,6 +125,25 @@ def train(
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     told = f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
     return f"{told}\n{paged(out)}" if page else told
+
+
+def heading(*, defense: str, seed: int, settings: csc.Common, backend: Backend) -> str:
+    """What is about to run, in a line."""
+    together = f", {backend.ranks.world} ranks" if backend.ranks.world > 1 else ""
+    rule = f", rule {settings.segregate.rule}" if isinstance(settings, csc.Settings) else ""
+    return (
+        f"csc-gpu train: {settings.train.model} on {backend.name}{together}, defense "
+        f"{defense}{rule}, seed {seed}, flip {'on' if settings.train.flip else 'off'}"
+    )
+
+
+def extent(split: Split, settings: csc.Common) -> str:
+    """How much there is to train on, in a line."""
+    plan = budget(len(split.train), settings.train)
+    return (
+        f"{len(split.train)} rows of {split.train.n_classes} classes, {len(split.test)} held out; "
+        f"{plan.epochs} epochs are {plan.steps} optimiser steps"
+    )
 
 
 def paged(folder: Path) -> str:
