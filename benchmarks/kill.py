@@ -1,7 +1,9 @@
 """A run killed at moments drawn at random and resumed: is its end that of the uninterrupted one?
 
     python -m benchmarks.kill CORPUS --work FOLDER --kills 20
+    python -m benchmarks.kill CORPUS --work FOLDER --stage conceal --set conceal.epochs=400
 
+Moments are drawn over the whole run, or over one stage of it, so that a short one is hit too.
 Every killed run is started with --resume until it has ended; its suspects and weights are compared
 bit by bit with those of one run that nobody disturbed. One JSON line a run.
 """
@@ -58,37 +60,54 @@ def hashes(folder: Path) -> dict[str, str]:
 @click.option("--kills", default=20, show_default=True, help="Moments to kill at.")
 @click.option("--each", default=1, show_default=True, help="Kills of one run.")
 @click.option("--seed", default=0, show_default=True, help="Draws the moments.")
+@click.option("--stage", default="", help="Kill in this stage alone, as log.jsonl names it.")
+@click.option("--set", "changes", multiple=True, help="A setting of csc-gpu train; repeat.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
-def main(corpus: str, work: Path, kills: int, each: int, seed: int, out: Path) -> None:
+def main(
+    corpus: str,
+    work: Path,
+    kills: int,
+    each: int,
+    seed: int,
+    stage: str,
+    changes: tuple[str, ...],
+    out: Path,
+) -> None:
     """Kill and resume, and compare."""
     rng, whole = random.Random(seed), work / "whole"
+    more = [word for change in changes for word in ("--set", change)]
     work.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    if started(corpus, whole, "--force").wait():
+    if started(corpus, whole, "--force", *more).wait():
         raise click.ClickException(f"the undisturbed run failed: {whole}.log")
     took = time.perf_counter() - start
+    lasts = spell(whole / "log.jsonl", stage) if stage else took
     wanted, equal, hit = hashes(whole), 0, 0
     for number in range(-(-kills // each)):
         place = work / f"killed-{number}"
         shutil.rmtree(place, ignore_errors=True)
         shutil.rmtree(place.with_name(place.name + ".partial"), ignore_errors=True)
-        moments, stages, left = [], [], took
+        moments, stages, left = [], [], lasts
+        told = place.with_name(place.name + ".partial") / "log.jsonl"
         for _ in range(each):
-            moments.append(round(rng.uniform(0, left), 2))
-            process = started(corpus, place, "--resume")
+            moments.append(round(rng.uniform(0, left), 3))
+            process = started(corpus, place, "--resume", *more)
             try:
+                while stage and not events(told, stage) and process.poll() is None:
+                    time.sleep(0.002)
                 process.wait(moments[-1])
                 break  # it had less to do than we thought
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            stages.append(furthest(place.with_name(place.name + ".partial") / "log.jsonl"))
-            left = max(took - sum(moments), took / 4)
-        status = started(corpus, place, "--resume").wait()
+            stages.append(furthest(told))
+            left = max(lasts - sum(moments), lasts / 4)
+        status = started(corpus, place, "--resume", *more).wait()
         same = status == 0 and hashes(place) == wanted
         hit += bool(stages)
         equal += same and bool(stages)
-        line = {"killed_after_s": moments, "in": stages, "status": status, "equal": same,
+        line = {"killed_after_s": moments, "of": stage or "run", "set": list(changes),
+                "in": stages, "status": status, "equal": same,
                 "whole_run_s": round(took, 1), "corpus": Path(corpus).name, "commit": commit(),
                 "date": time.strftime("%Y-%m-%d")}  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +118,23 @@ def main(corpus: str, work: Path, kills: int, each: int, seed: int, out: Path) -
         f"{equal} of {hit} killed runs equal the undisturbed one; the others had ended before"
     )
     sys.exit(not hit or equal != hit)
+
+
+def events(log: Path, stage: str) -> list[float]:
+    """When a run told of a stage, in seconds from its start; a line half written is none."""
+    if not log.exists():
+        return []
+    whole = log.read_text(encoding="utf-8").rpartition("\n")[0]
+    lines = map(json.loads, whole.splitlines())
+    return [line["seconds"] for line in lines if line["event"] == stage]
+
+
+def spell(log: Path, stage: str) -> float:
+    """Seconds from the first word of a stage to the last."""
+    told = events(log, stage)
+    if not told:
+        raise click.BadParameter(f"no stage {stage!r} in {log}", param_hint="--stage")
+    return told[-1] - told[0]
 
 
 def furthest(log: Path) -> str:
