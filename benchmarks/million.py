@@ -41,15 +41,12 @@ ISLANDS = (
 )
 """Rows of the islands, together 1 % of 1.28 million; of fewer rows those that make 1 % of them.
 
-A class has about 1,280. An island with more rows at a scale than its label's class passes for the
-label's home there, it seems (recall 0 with islands of that size, not looked into further).
+A class has about 1,280. At a fine scale the island of a label is its only cluster and passes for its
+home, until the looser class shows up as well: so scales up to the coarsest count here, not up to .6.
+Islands below segregate.min_share (256 rows) are too small for the sample to hold.
 """
 PLANTED = 0.01
-SETTINGS = {
-    "segregate.rule": "persistence",
-    "segregate.pca": 64,  # sixteen dimensions do not part a thousand classes
-    "segregate.min_share": 0.0002,  # a class has a thousandth of the rows
-}
+SETTINGS = {"segregate.rule": "persistence", "segregate.coarsest": 0.9}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -106,6 +106,7 @@ def plan(
     settings.train.model must name a net. `streamed` says whether the pixels stay on disk; None: if
     they would take too much, as backend.reader decides for files.
     """
+    settings = replace(settings, segregate=settings.segregate.suited(shape.classes))
     with torch.device("meta"):
         model = new_model(settings.train.model, shape.classes, shape.height, seed=0)
     pixels = 3 * shape.height * shape.width * (shape.rows + shape.held_out)
@@ -175,6 +176,7 @@ def clustering_parts(
     n: int, d: int, classes: int, settings: csc.Settings, machine: str
 ) -> dict[str, int]:
     """Bytes that segregate.observe takes beside the features (n, d), without a GPU's DBSCAN."""
+    settings = replace(settings, segregate=settings.segregate.suited(classes))
     chosen, dims = settings.segregate, _dims(settings, d)
     m, block = chosen.seen(n), min(BLOCK, n)
     k = min(m, least_neighbours(m, chosen))

@@ -312,6 +312,29 @@ def test_no_snapshot_is_an_error():
 
 
 @pytest.mark.parametrize(
+    ("labels", "dims", "least"),
+    [(10, 16, 0.002), (43, 16, 0.002), (100, 20, 0.002), (1000, 64, 0.0002)],
+)
+def test_many_labels_need_more_components_and_smaller_islands(labels, dims, least):
+    suited = Settings().suited(labels)
+    assert (suited.pca, suited.min_share) == (dims, pytest.approx(least))
+    assert suited.suited(labels) == suited
+    told = Settings(pca=5, min_share=0.0001).suited(labels)
+    assert (told.pca, told.min_share) == (5, 0.0001)
+    assert Settings(rule="per_label").suited(labels).min_share == 0.002
+
+
+def test_each_of_many_labels_has_a_cluster_of_its_own():
+    rng, labels = np.random.default_rng(0), np.repeat(np.arange(250), 60)
+    centre = rng.standard_normal((250, 96)).astype(np.float32)
+    points = centre[labels] + 0.2 * rng.standard_normal((len(labels), 96), np.float32)
+    seen = observe(points, labels, 1.0, Settings(rule="persistence"), CPU, scales=(0.5, 0.9))
+    assert seen.min_samples == 12  # a fifth of a label's 60 rows; .002 of all would be 30
+    assert len(seen.clusterings[-1].size) == 250
+    assert purity(seen.clusterings[-1]).min() == 1
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rule": "tow-stage"}, "segregate.rule"),
@@ -320,7 +343,7 @@ def test_no_snapshot_is_an_error():
         ({"purity": 0.0}, "segregate.purity"),
         ({"max_share": 1.5}, "segregate.max_share"),
         ({"min_rows": 0}, "segregate.min_rows"),
-        ({"pca": -1}, "segregate.pca"),
+        ({"pca": -2}, "segregate.pca"),
         ({"coarsest": 0.01}, "segregate.coarsest"),
     ],
 )

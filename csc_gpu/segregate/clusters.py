@@ -44,13 +44,15 @@ def observe(
     """
     xp = backend.xp
     labels = xp.asarray(labels)
+    n_classes = int(labels.max()) + 1
+    settings = settings.suited(n_classes)
     stray = strays(points, labels, xp)
     scales = sorted(settings.scales if scales is None else scales)
     if not scales:
         return Sighting(epoch, (), least_neighbours(len(points), settings), stray)
     order = own_order(points, labels, xp)
     z, labels = embed(points, order, settings.pca, xp), labels[order]
-    n_classes, back = int(labels.max()) + 1, xp.argsort(order)
+    back = xp.argsort(order)
     if settings.rule in BY_LABEL:
         rooms = [xp.flatnonzero(labels == label) for label in backend.to_numpy(xp.unique(labels))]
     else:

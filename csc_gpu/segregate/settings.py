@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from csc_gpu.config import require
 
@@ -12,6 +13,8 @@ BY_LABEL = ("per_label",)
 MODES = ("auto", "all", "sample")
 ALL_PAIRS = 200_000
 """More rows than that are not clustered together unless segregate.mode is all."""
+COMPONENTS = 16
+OF_A_LABEL = 0.2
 MOST_SCALES = 64
 """One bit each says at which scales a row was hit."""
 
@@ -28,14 +31,16 @@ class Settings:
     together, else all."""
     sample: int = 50_000
     """Rows of the sample; an island needs min_share of them, so a smaller one finds less."""
-    pca: int = 16
-    """Principal components to cluster in; 0: all feature dimensions."""
+    pca: int = -1
+    """Principal components to cluster in; 0: all feature dimensions; -1: 16, or twice the root of
+    the number of labels if that is more, for few dimensions do not part many labels."""
     scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """Quantiles of the k-distance from which DBSCAN's radii are taken."""
     coarsest: float = 0.6
     """The coarsest scale that gives evidence; coarser ones only part rows from their home."""
     min_share: float = 0.002
-    """DBSCAN's min_samples as a share of the rows it sees; it must be less than a class's share."""
+    """DBSCAN's min_samples as a share of the rows it sees; where many labels are clustered
+    together, at most a fifth of an average label's share, else no label has a cluster."""
     min_rows: int = 8
     """DBSCAN's least min_samples, in rows."""
     purity: float = 0.95
@@ -71,11 +76,19 @@ class Settings:
         require(self, "segregate", f"one of {', '.join(MODES)}", MODES.__contains__, "mode")
         require(self, "segregate", "in (0, 1]", lambda share: 0 < share <= 1, *shares)
         require(self, "segregate", "1 or more", lambda count: count >= 1, *counts)
-        require(self, "segregate", "0 or more", lambda dims: dims >= 0, "pca")
+        require(self, "segregate", "-1 or more", lambda dims: dims >= -1, "pca")
         most = f"at most {MOST_SCALES} quantiles in (0, 1)"
         require(self, "segregate", most, _are_quantiles, "scales")
         finest = f"{min(self.scales)} or more, the finest of segregate.scales"
         require(self, "segregate", finest, lambda scale: scale >= min(self.scales), "coarsest")
+
+    def suited(self, labels: int) -> Settings:
+        """The same, with the components and min_share that so many labels need."""
+        least = self.min_share
+        if self.rule not in BY_LABEL:
+            least = min(least, OF_A_LABEL / labels)
+        dims = max(COMPONENTS, math.ceil(2 * labels**0.5)) if self.pca < 0 else self.pca
+        return replace(self, min_share=least, pca=dims)
 
     def seen(self, n: int) -> int:
         """How many of n rows that are clustered together DBSCAN sees."""
