@@ -41,8 +41,8 @@ ISLANDS = (
 )
 """Rows of the islands, together 1 % of 1.28 million; of fewer rows those that make 1 % of them.
 
-A class has about 1,280. At a fine scale the island of a label is its only cluster and passes for its
-home, until the looser class shows up as well: so scales up to the coarsest count here, not up to .6.
+A class has about 1,280. At a fine scale the island of a label is its only cluster and passes for
+its home, until the looser class shows up as well: so all scales count here, not those up to .6.
 Islands below segregate.min_share (256 rows) are too small for the sample to hold.
 """
 PLANTED = 0.01
