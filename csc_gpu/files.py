@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+RECENT = 1024
+"""Paths that are remembered: joining one takes as long as reading a small image."""
+
+
+@lru_cache(RECENT)
+def _joined(root: Path, name: str) -> Path:
+    return root / name
 
 
 class Piece(NamedTuple):
@@ -50,7 +60,7 @@ class Files(Sequence[Place]):
     def __getitem__(self, row: int | slice) -> Place | Files:
         if isinstance(row, slice):
             return self._chosen(row)
-        path = self.root / self.names[self.of_row[row]]
+        path = _joined(self.root, self.names[self.of_row[row]])
         return path if self.pieces is None else Piece(path, *self.pieces[row].tolist())
 
     def __add__(self, other: Files) -> Files:
