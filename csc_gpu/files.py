@@ -11,7 +11,6 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-
 RECENT = 1024
 """Paths that are remembered: joining one takes as long as reading a small image."""
 
