@@ -2,6 +2,7 @@
 
     python -m benchmarks.detection train CORPUS --name cifar10-10k --flip --work CELLS
     python -m benchmarks.detection judge --work CELLS
+    python -m benchmarks.detection judge --work CELLS --rule again --out AGAIN
     python -m benchmarks.detection table --rule two-stage
     python -m benchmarks.detection plot --out PICTURES
 
@@ -48,6 +49,9 @@ ONCE = "-once"
 what any of several scales and snapshots shows."""
 AT_ONCE = 0.5
 """The scale of that clustering."""
+AGAIN = "again"
+"""The default rule as it is now, without recovery: does it still suspect whom it suspected when the
+cell's line was made? If so, that line stands. A run on one core repeats itself bit by bit."""
 
 
 @click.group()
@@ -220,6 +224,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     of_run = read_toml(place / "run" / "settings.toml")
     changes = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
     named_rule, once = rule.removesuffix(ONCE), rule.endswith(ONCE)
+    named_rule = DEFAULT if rule == AGAIN else named_rule
     changes |= {} if rule in (ORACLE, PLAIN) else {"segregate.rule": named_rule}
     changes |= {"segregate.scales": [AT_ONCE], "segregate.coarsest": AT_ONCE} if once else {}
     changes |= {"recover.on": rule in (DEFAULT, ORACLE)}
@@ -269,6 +274,8 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     spent = used() - start
 
     found = outcome.segregation
+    if rule == AGAIN:
+        line["changed"] = changed(place / f"{DEFAULT}.csv", found.suspect, corpus.paths)
     if rule != ORACLE:
         run.save_suspects(place / f"{rule}.csv", snapshots.names, found)
     suspect, score = found.suspect.copy(), found.score.copy()
@@ -282,6 +289,16 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
         "seconds": {stage: round(s, 1) for stage, s in outcome.seconds.items()},
         "cpu_seconds": round(spent, 1),
     }
+
+
+def changed(before: Path, suspect: Any, paths: tuple[str, ...]) -> int:
+    """Rows that are suspects now (N,) and were not, or were and are not."""
+    from csc_gpu import run
+
+    kept = run.load_suspects(before)
+    if kept.paths != paths:
+        raise click.ClickException(f"{before} is of another corpus; judge it by {DEFAULT} again")
+    return int((kept.suspect != suspect).sum())
 
 
 def sighted(snapshots: Any, settings: Any, backend: Any, clock: Any) -> tuple[Any, ...]:
