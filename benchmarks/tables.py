@@ -9,6 +9,7 @@ No figure of these tables is typed by hand, and a test compares them.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from benchmarks.detection import (
     named,
     number,
     read,
+    spread,
     usual,
 )
 from csc_gpu import comparison
@@ -38,7 +40,8 @@ from csc_gpu.scoring import EFFECTIVE as HOLDS
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "defenses.md")
 ATTACKS = RESULTS.with_name("attacks.jsonl")
-MATRIX = RESULTS.with_name("matrix-mnist.jsonl")
+AGAIN = RESULTS.with_name("segregation-again.jsonl")
+MATRICES = "matrix-*.jsonl"
 SHOWN = ("acc", "asr", "ra", "recall", "false alarms", "recovered ra", "x plain")
 """What the comparison of the defenses shows."""
 GOAL = 0.9
@@ -48,7 +51,9 @@ RECOVERED = 0.9
 Line = dict[str, Any]
 
 
-def tables(study: list[Line], attacks: list[Line], rows: list[Line]) -> dict[str, str]:
+def tables(
+    study: list[Line], attacks: list[Line], rows: list[Line], judged_again: list[Line]
+) -> dict[str, str]:
     """Every table by the name of its place."""
     ours = [line for line in study if line["rule"] == DEFAULT]
     attacked = [line for line in ours if line["attack"] != "none"]
@@ -70,6 +75,7 @@ def tables(study: list[Line], attacks: list[Line], rows: list[Line]) -> dict[str
         "cost": cost(attacked),
         "short": short([line for line in took if line["before"]["asr"] >= GOAL], oracles(study)),
         "foot": made_by(study),
+        "again": again(judged_again, study),
         "attacks": every_attack(attacks),
         "attacks foot": made_by(attacks),
         "matrix": comparison.markdown(comparison.lines(rows), SHOWN).rstrip(),
@@ -89,15 +95,34 @@ def oracles(study: list[Line]) -> dict[str, float]:
 
 
 def told(study: list[Line], cells: list[Line]) -> str:
-    """Recovery beside a net that was trained without the poison: same cell, the key told."""
+    """Recovery beside a net that was trained without the poison: same cells, the key told."""
     oracle = oracles(study)
-    lines = ["| data | attack | seed | RA recovered | RA oracle | share |", "|---" * 6 + "|"]
-    for line in cells:
-        if key_of(line) in oracle and line["recovered"]:
-            ra, best = line["recovered"]["ra"], oracle[key_of(line)]
-            words = [line["data"], named(line), line["seed"], number(ra), number(best)]
-            lines.append(f"| {' | '.join(map(str, words))} | {number(ra / best)} |")
+    lines = ["| data | attack | n | RA recovered | RA oracle | share |", "|---" * 6 + "|"]
+    for same in alike([x for x in cells if key_of(x) in oracle and x["recovered"]]):
+        ours, best = [x["recovered"]["ra"] for x in same], [oracle[key_of(x)] for x in same]
+        shares = [ra / of for ra, of in zip(ours, best, strict=True)]
+        words = [same[0]["data"], named(same[0]), str(len(same))]
+        lines.append(f"| {' | '.join([*words, *map(spread, (ours, best, shares))])} |")
     return "\n".join(lines)
+
+
+def again(lines: list[Line], study: list[Line]) -> str:
+    """Whether the rule as it is now suspects whom it suspected when a line was made."""
+    if not lines:
+        return "None was judged again."
+    before = {key_of(line): line for line in study if line["rule"] == DEFAULT}
+    commits = ", ".join(sorted({line["commit"] for line in lines}))
+    same = sum(not line["changed"] for line in lines)
+    told = [f"{len(lines)} cells judged again at {commits}: {same} with the same suspects."]
+    for line in lines:
+        if line["changed"]:
+            was, now = (x["detection"] for x in (before[key_of(line)], line))
+            told.append(
+                f"- {line['data']} {named(line)} seed {line['seed']}: {line['changed']} rows "
+                f"changed; recall {number(was['tpr'])} to {number(now['tpr'])}, "
+                f"false alarms {number(was['fpr'], 4)} to {number(now['fpr'], 4)}"
+            )
+    return "\n".join(told)
 
 
 def summary(cells: list[Line]) -> str:
@@ -164,26 +189,23 @@ def short(cells: list[Line], oracle: dict[str, float]) -> str:
 
 def every_attack(lines: list[Line]) -> str:
     """Each attack undefended, and what the defense made of it where it took hold."""
-    plain = [line for line in lines if line["rule"] == PLAIN]
     defended = {key_of(line): line for line in lines if line["rule"] == DEFAULT}
-    names = ("data", "attack", "seed", "asr", "clean net", "accuracy")
+    names = ("asr before", "clean net", "accuracy before")
     ours = ("recall", "false alarms", "asr after", "accuracy after", "RA recovered")
-    rows = [f"| {' | '.join((*names, *ours))} |", "|---" * (len(names) + len(ours)) + "|"]
-    for line in plain:
-        before, clean = line["before"], line["clean_net"] or {}
-        words = [line["data"], named(line), str(line["seed"]), number(before["asr"])]
-        words += [number(clean.get("asr")), number(before["acc"])]
-        done = defended.get(key_of(line))
-        if before["asr"] < HOLDS:
-            words += ["did not take hold", "", "", "", ""]
-        elif done is None:
-            words += ["not judged", "", "", "", ""]
-        else:
-            found, after, back = done["detection"], done["after"], done["recovered"] or {}
-            words += [number(found["tpr"]), number(found["fpr"], 4), number(after["asr"])]
-            words += [number(after["acc"]), number(back.get("ra"))]
+    head = ["data", "attack", "n", *names, "judged", *ours]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for same in alike([line for line in lines if line["rule"] == PLAIN]):
+        held = [line for line in same if line["before"]["asr"] >= HOLDS]
+        done = [defended[key_of(line)] for line in held if key_of(line) in defended]
+        words = [same[0]["data"], named(same[0]), str(len(same)), *shown(same, names)]
+        words += [str(len(done)) if held else "did not take hold", *shown(done, ours)]
         rows.append(f"| {' | '.join(words)} |")
     return "\n".join(rows)
+
+
+def shown(lines: list[Line], names: Sequence[str]) -> list[str]:
+    """Columns of some lines: the median, and each line's value."""
+    return [spread(column(lines, *COLUMNS[name][0]), COLUMNS[name][1]) for name in names]
 
 
 def filled(text: str, found: dict[str, str]) -> str:
@@ -201,7 +223,9 @@ def filled(text: str, found: dict[str, str]) -> str:
 @click.option("--check", is_flag=True, help="Change nothing; status 1 if it differs.")
 def cli(pages: tuple[Path, ...], check: bool) -> None:
     """Write the tables of PAGES, or check them."""
-    found = tables(read(RESULTS), read(ATTACKS), read_rows(MATRIX))
+    matrices = sorted(RESULTS.parent.glob(MATRICES), reverse=True)  # MNIST's, the fullest, first
+    rows = [row for path in matrices for row in read_rows(path)]
+    found = tables(read(RESULTS), read(ATTACKS), rows, read(AGAIN))
     for page in pages or PAGES:
         said = page.read_text(encoding="utf-8")
         text = filled(said, found)
