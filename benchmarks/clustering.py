@@ -173,7 +173,7 @@ def measure(cell: Cell, backend: Backend, repeats: int) -> bench.Line:
     """The time of a cell, its floors on a GPU, and whether scikit-learn agrees."""
     start = time.perf_counter()
     points = bench.drawn(cell.rows, cell.dims, seed=0)
-    min_samples = least_neighbours(cell.rows, Settings())
+    min_samples = least_neighbours(cell.rows, Settings().suited(1))
     placed = backend.xp.asarray(points)
     eps = bench.lattice_eps(placed, min_samples, backend, exact=True)
     line: bench.Line = {"rows": cell.rows, "dims": cell.dims, "min_samples": min_samples}

@@ -42,11 +42,12 @@ ISLANDS = (
 """Rows of the islands, together 1 % of 1.28 million; of fewer rows those that make 1 % of them.
 
 A class has about 1,280. At a fine scale the island of a label is its only cluster and passes for
-its home, until the looser class shows up as well: so all scales count here, not those up to .6.
+its home, until the looser class shows up as well: so all scales count here unless --coarsest says
+otherwise.
 Islands below segregate.min_share (256 rows) are too small for the sample to hold.
 """
 PLANTED = 0.01
-SETTINGS = {"segregate.rule": "persistence", "segregate.coarsest": 0.9}
+SETTINGS = {"segregate.rule": "persistence"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +65,19 @@ class World:
 
 
 def drawn(
-    n: int, d: int, classes: int, within: float, keep: features.Settings, backend: Backend
+    n: int,
+    d: int,
+    classes: int,
+    within: float,
+    keep: features.Settings,
+    backend: Backend,
+    seed: int = 0,
 ) -> World:
     """Rows in an order drawn at random, block by block. (n, d)
 
     `within` is the length of a row's deviation from its class, whose direction has length 1.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     sizes = list[int]()
     for size in ISLANDS:
         if sum(sizes) + size <= PLANTED * n:
@@ -124,7 +131,7 @@ def planned(n: int, d: int, classes: int, settings: csc.Settings, backend: Backe
     parts = plan.clustering_parts(n, d, classes, settings, backend.name)
     parts["features"] = 0 if settings.features.spill else 4 * n * d
     kept = len(segregate.looked_at([0], settings.segregate)[0])
-    parts["clusters of every scale"] = 4 * kept * n
+    parts["clusters of every scale"] = 4 * kept * (n + classes**2)
     parts["libraries"] = backend.peak_bytes() or 0
     return {
         "planned_bytes": sum(parts.values()),
@@ -134,17 +141,23 @@ def planned(n: int, d: int, classes: int, settings: csc.Settings, backend: Backe
 
 
 def measure(
-    n: int, d: int, classes: int, within: float, settings: csc.Settings, backend: Backend
+    n: int,
+    d: int,
+    classes: int,
+    within: float,
+    settings: csc.Settings,
+    backend: Backend,
+    seed: int = 0,
 ) -> bench.Line:
     """Seconds by part, the plan and the peak, and what was found of the islands."""
-    line: bench.Line = {"rows": n, "dims": d, "classes": classes, "within": within}
+    line: bench.Line = {"rows": n, "dims": d, "classes": classes, "within": within, "seed": seed}
     line |= planned(n, d, classes, settings, backend)
     click.echo(
         f"memory: {line['planned_bytes'] / 1e9:.3f} GB planned, most of it for "
         f"{line['largest_part']} ({line['largest_bytes'] / 1e9:.3f} GB)"
     )
     with clocked(line, "draw", backend):
-        there = drawn(n, d, classes, within, settings.features, backend)
+        there = drawn(n, d, classes, within, settings.features, backend, seed)
     chosen = settings.segregate
     scales = segregate.looked_at([0], chosen)[0]
     with clocked(line, "observe", backend):
@@ -185,6 +198,8 @@ def found(there: World, suspect: Mask) -> bench.Line:
 @click.option("--classes", default=1000, show_default=True, type=click.IntRange(2))
 @click.option("--within", default=0.45, show_default=True, help="A row's deviation from its class.")
 @click.option("--sample", default=50_000, show_default=True, type=click.IntRange(1))
+@click.option("--seed", default=0, show_default=True, help="Draws the world.")
+@click.option("--coarsest", default=0.9, show_default=True, help="segregate.coarsest; usual: .6")
 @click.option("--spill", default="", help="A folder for the features; else they are resident.")
 @machine
 def main(
@@ -193,18 +208,21 @@ def main(
     classes: int,
     within: float,
     sample: int,
+    seed: int,
+    coarsest: float,
     spill: str,
     backend: Backend,
 ) -> None:
     """Find planted islands among drawn features, in the sampled mode."""
-    changes = SETTINGS | {
+    chosen = SETTINGS | {"segregate.coarsest": coarsest}
+    changes = chosen | {
         "segregate.mode": "sample",
         "segregate.sample": sample,
         "features.spill": spill,
     }
     settings = override(csc.Settings(), changes)
-    line = measure(rows, dims, classes, within, settings, backend)
-    line |= {"spilled": bool(spill), "settings": SETTINGS}
+    line = measure(rows, dims, classes, within, settings, backend, seed)
+    line |= {"spilled": bool(spill), "settings": chosen}
     results_file.publish(bench.report("million", backend, [line]))
 
 

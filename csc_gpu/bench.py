@@ -119,7 +119,7 @@ def clustering(
     """DBSCAN on one snapshot's worth of rows: drawn on a lattice, or a file's."""
     points = drawn(rows, dims, seed) if features is None else given(features)
     rows, dims = points.shape
-    min_samples = least_neighbours(rows, csc.Settings().segregate)
+    min_samples = least_neighbours(rows, csc.Settings().segregate.suited(1))
     placed = backend.xp.asarray(points)
     eps = lattice_eps(placed, min_samples, backend, exact=features is None)
     found: list[Array] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,6 +79,14 @@ def conceal(
     found = points() if points else features(model, corpus, backend)
     how = settings, backend
     concealed.head = guarded(model.head, found, corpus.labels, suspect, *how, seed=seed, log=log)
+    return concealed
+
+
+def reheaded(model: Net, head: Mapping[str, torch.Tensor]) -> Net:
+    """A copy of the model with a head that has a virtual class."""
+    concealed = copy.deepcopy(model)
+    concealed.head = widened(model.head)
+    concealed.head.load_state_dict(head)
     return concealed
 
 

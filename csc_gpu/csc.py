@@ -35,6 +35,7 @@ from csc_gpu.types import (
     Corpus,
     DefenderView,
     Log,
+    Mask,
     Outcome,
     Segregation,
     Sighting,
@@ -224,15 +225,8 @@ def conclude(
     suspect = verdict.suspect
     log("verdict", suspects=int(suspect.sum()), rows=len(corpus), **verdict.notes)
     with clock("conceal"):
-        concealed = conceal.conceal(
-            model,
-            corpus,
-            suspect,
-            settings.conceal,
-            backend,
-            seed=seed,
-            log=log,
-            points=witness.points,
+        concealed = guarded(
+            model, corpus, suspect, settings, backend, witness, kept, seed=seed, log=log
         )
     recovered = None
     if settings.recover.on and suspect.any():
@@ -278,6 +272,31 @@ def judged(
         verdict = witness.hearing(lambda: segregate.segregate(*what))
     kept.save("verdict", lambda: segregate.of_verdict(verdict))
     return verdict
+
+
+def guarded(
+    model: Net,
+    corpus: Corpus,
+    suspect: Mask,
+    settings: Settings,
+    backend: Backend,
+    witness: Trained,
+    kept: Checkpoints,
+    *,
+    seed: int,
+    log: Log,
+) -> Net:
+    """The model with the trigger concealed; a head that was kept stands."""
+    known = kept.load("concealed")
+    if known is not None:
+        return conceal.reheaded(model, known.tensors)
+    how = settings.conceal, backend
+    concealed = conceal.conceal(
+        model, corpus, suspect, *how, seed=seed, log=log, points=witness.points
+    )
+    if concealed is not model:
+        kept.save("concealed", lambda: Record(dict(concealed.head.state_dict()), {}))
+    return concealed
 
 
 def snapshots(

@@ -138,6 +138,7 @@ def _stages(
     scales = [len(some) for some in looked_at(watched, chosen).values() if some]
     seen = {
         "clusters of every snapshot and scale": sum(scales) * FLOAT * n,
+        "labels of every cluster": sum(scales) * FLOAT * shape.classes**2,  # one a label, or so
         "two dimensions of every snapshot": len(scales) * 2 * HALF * n,
         "strays of every snapshot": len(watched) * n,
     }

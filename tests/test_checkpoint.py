@@ -317,7 +317,7 @@ def same_outcome(one: Outcome, other: Outcome) -> bool:
 def test_a_defense_cut_off_after_any_record_ends_the_same(undisturbed):
     wanted, told = undisturbed
     assert wanted.segregation.suspect.any() and wanted.recovered is not None
-    assert {"train", "snapshot", "verdict", "verify", "recover"} == set(told.names)
+    assert {"train", "snapshot", "verdict", "verify", "concealed", "recover"} == set(told.names)
     kept = Failing(*range(1, told.saves + 1))
     for _ in range(told.saves):
         with pytest.raises(Cut):

@@ -319,8 +319,8 @@ def test_many_labels_need_more_components_and_smaller_islands(labels, dims, leas
     suited = Settings().suited(labels)
     assert (suited.pca, suited.min_share) == (dims, pytest.approx(least))
     assert suited.suited(labels) == suited
-    told = Settings(pca=5, min_share=0.0001).suited(labels)
-    assert (told.pca, told.min_share) == (5, 0.0001)
+    told = Settings(pca=5, min_share=0.01).suited(labels)  # what is asked for stands
+    assert (told.pca, told.min_share) == (5, 0.01)
     assert Settings(rule="per_label").suited(labels).min_share == 0.002
 
 
@@ -330,6 +330,10 @@ def test_each_of_many_labels_has_a_cluster_of_its_own():
     points = centre[labels] + 0.2 * rng.standard_normal((len(labels), 96), np.float32)
     seen = observe(points, labels, 1.0, Settings(rule="persistence"), CPU, scales=(0.5, 0.9))
     assert seen.min_samples == 12  # a fifth of a label's 60 rows; .002 of all would be 30
+    notes = segregate([seen], labels, Settings(rule="persistence"), CPU).notes
+    assert (notes["pca"], notes["min_share"]) == (32, pytest.approx(0.2 / 250))
+    there = observe(points, labels * 7, 1.0, Settings(rule="persistence"), CPU, scales=(0.5,))
+    assert there.min_samples == 12  # labels that nobody has do not count
     assert len(seen.clusterings[-1].size) == 250
     assert purity(seen.clusterings[-1]).min() == 1
 

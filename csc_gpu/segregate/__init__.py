@@ -59,8 +59,11 @@ def segregate(
     rule = RULES[settings.rule]
     evidence = gather(sightings, rule, settings, backend)
     core, freed = voted_core(evidence.votes, labels, settings)
+    suited = settings.suited(len(np.unique(labels)))
     notes: dict[str, Any] = {
         "rule": settings.rule,
+        "pca": suited.pca,
+        "min_share": suited.min_share,
         "sampled": max(seen.sampled for seen in sightings),
         "core_rows": int(core.sum()),
         "freed_labels": freed,

@@ -44,15 +44,14 @@ def observe(
     """
     xp = backend.xp
     labels = xp.asarray(labels)
-    n_classes = int(labels.max()) + 1
-    settings = settings.suited(n_classes)
+    settings = settings.suited(len(xp.unique(labels)))
     stray = strays(points, labels, xp)
     scales = sorted(settings.scales if scales is None else scales)
     if not scales:
         return Sighting(epoch, (), least_neighbours(len(points), settings), stray)
     order = own_order(points, labels, xp)
     z, labels = embed(points, order, settings.pca, xp), labels[order]
-    back = xp.argsort(order)
+    n_classes, back = int(labels.max()) + 1, xp.argsort(order)
     if settings.rule in BY_LABEL:
         rooms = [xp.flatnonzero(labels == label) for label in backend.to_numpy(xp.unique(labels))]
     else:
@@ -152,7 +151,7 @@ def evenly(n: int, most: int, xp: ModuleType) -> Array:
 
 
 def least_neighbours(n: int, settings: Settings) -> int:
-    """DBSCAN's min_samples for n rows."""
+    """DBSCAN's min_samples for n rows, by settings that suit their labels."""
     return max(settings.min_rows, round(settings.min_share * n))
 
 
@@ -210,7 +209,8 @@ def describe(
     n_clusters = int(of_row.max()) + 1
     inside = of_row >= 0
     cell = of_row[inside].astype(xp.int64) * n_classes + labels[inside]
-    held = xp.bincount(cell, minlength=n_clusters * n_classes).reshape(n_clusters, n_classes)
+    held = xp.bincount(cell, minlength=n_clusters * n_classes).astype(xp.int32)
+    held = held.reshape(n_clusters, n_classes)
     asked = of_asked >= 0
     count = xp.bincount(of_asked[asked], minlength=n_clusters)
     total = xp.bincount(of_asked[asked], weights=reach[asked], minlength=n_clusters)

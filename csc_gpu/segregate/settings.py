@@ -13,8 +13,10 @@ BY_LABEL = ("per_label",)
 MODES = ("auto", "all", "sample")
 ALL_PAIRS = 200_000
 """More rows than that are not clustered together unless segregate.mode is all."""
+FITTING = -1
+"""Means: as many labels need it."""
 COMPONENTS = 16
-OF_A_LABEL = 0.2
+LEAST, OF_A_LABEL = 0.002, 0.2
 MOST_SCALES = 64
 """One bit each says at which scales a row was hit."""
 
@@ -31,16 +33,17 @@ class Settings:
     together, else all."""
     sample: int = 50_000
     """Rows of the sample; an island needs min_share of them, so a smaller one finds less."""
-    pca: int = -1
+    pca: int = FITTING
     """Principal components to cluster in; 0: all feature dimensions; -1: 16, or twice the root of
     the number of labels if that is more, for few dimensions do not part many labels."""
     scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     """Quantiles of the k-distance from which DBSCAN's radii are taken."""
     coarsest: float = 0.6
     """The coarsest scale that gives evidence; coarser ones only part rows from their home."""
-    min_share: float = 0.002
-    """DBSCAN's min_samples as a share of the rows it sees; where many labels are clustered
-    together, at most a fifth of an average label's share, else no label has a cluster."""
+    min_share: float = FITTING
+    """DBSCAN's min_samples as a share of the rows it sees; -1: .002, or where many labels are
+    clustered together a fifth of an average label's share if that is less, for an island of fewer
+    rows is not seen, nor a label."""
     min_rows: int = 8
     """DBSCAN's least min_samples, in rows."""
     purity: float = 0.95
@@ -70,25 +73,28 @@ class Settings:
 
     def __post_init__(self) -> None:
         caps = ("max_share", "max_label_share", "label_share", "controls")
-        shares = ("min_share", "purity", "pure_homes", "coarsest", *caps)
+        shares = ("purity", "pure_homes", "coarsest", *caps)
         counts = ("min_rows", "persistence", "votes", "k_rows", "latest", "check_epochs", "sample")
         require(self, "segregate", f"one of {', '.join(RULES)}", RULES.__contains__, "rule")
         require(self, "segregate", f"one of {', '.join(MODES)}", MODES.__contains__, "mode")
         require(self, "segregate", "in (0, 1]", lambda share: 0 < share <= 1, *shares)
         require(self, "segregate", "1 or more", lambda count: count >= 1, *counts)
-        require(self, "segregate", "-1 or more", lambda dims: dims >= -1, "pca")
+        require(self, "segregate", "-1 or more", lambda dims: dims >= FITTING, "pca")
+        share = "in (0, 1], or -1"
+        require(self, "segregate", share, lambda x: x == FITTING or 0 < x <= 1, "min_share")
         most = f"at most {MOST_SCALES} quantiles in (0, 1)"
         require(self, "segregate", most, _are_quantiles, "scales")
         finest = f"{min(self.scales)} or more, the finest of segregate.scales"
         require(self, "segregate", finest, lambda scale: scale >= min(self.scales), "coarsest")
 
     def suited(self, labels: int) -> Settings:
-        """The same, with the components and min_share that so many labels need."""
-        least = self.min_share
-        if self.rule not in BY_LABEL:
-            least = min(least, OF_A_LABEL / labels)
-        dims = max(COMPONENTS, math.ceil(2 * labels**0.5)) if self.pca < 0 else self.pca
-        return replace(self, min_share=least, pca=dims)
+        """The same, with the components and min_share that fit so many labels where none is set."""
+        pca, least = self.pca, self.min_share
+        if pca == FITTING:
+            pca = max(COMPONENTS, math.ceil(2 * labels**0.5))
+        if least == FITTING:
+            least = LEAST if self.rule in BY_LABEL else min(LEAST, OF_A_LABEL / labels)
+        return replace(self, pca=pca, min_share=least)
 
     def seen(self, n: int) -> int:
         """How many of n rows that are clustered together DBSCAN sees."""
