@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 from safetensors.torch import load_file
@@ -91,16 +92,17 @@ def main(
         told = place.with_name(place.name + ".partial") / "log.jsonl"
         for _ in range(each):
             moments.append(round(rng.uniform(0, left), 3))
+            begun = told.stat().st_size if told.exists() else 0  # what earlier starts told
             process = started(corpus, place, "--resume", *more)
             try:
-                while stage and not events(told, stage) and process.poll() is None:
+                while stage and not events(told, stage, begun) and process.poll() is None:
                     time.sleep(0.002)
                 process.wait(moments[-1])
                 break  # it had less to do than we thought
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-            stages.append(furthest(told))
+            stages.append(furthest(told, begun))
             left = max(lasts - sum(moments), lasts / 4)
         status = started(corpus, place, "--resume", *more).wait()
         same = status == 0 and hashes(place) == wanted
@@ -120,13 +122,17 @@ def main(
     sys.exit(not hit or equal != hit)
 
 
-def events(log: Path, stage: str) -> list[float]:
-    """When a run told of a stage, in seconds from its start; a line half written is none."""
+def lines(log: Path, begun: int) -> list[dict[str, Any]]:
+    """What the start of a run told whose log began at this byte; a line half written is none."""
     if not log.exists():
         return []
-    whole = log.read_text(encoding="utf-8").rpartition("\n")[0]
-    lines = map(json.loads, whole.splitlines())
-    return [line["seconds"] for line in lines if line["event"] == stage]
+    whole = log.read_bytes()[begun:].rpartition(b"\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def events(log: Path, stage: str, begun: int = 0) -> list[float]:
+    """When a start told of a stage, in seconds from its beginning."""
+    return [line["seconds"] for line in lines(log, begun) if line["event"] == stage]
 
 
 def spell(log: Path, stage: str) -> float:
@@ -137,12 +143,12 @@ def spell(log: Path, stage: str) -> float:
     return told[-1] - told[0]
 
 
-def furthest(log: Path) -> str:
-    """The last event that a run told, and where in it."""
-    try:
-        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
-    except (OSError, IndexError, ValueError):
+def furthest(log: Path, begun: int) -> str:
+    """The last event that a start told, and where in it."""
+    told = lines(log, begun)
+    if not told:
         return "before training"
+    last = told[-1]
     return f"{last['event']} {last.get('epoch', '')}".strip()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 
 from csc_gpu.errors import CorpusError
 
 NAMED = 3
 """Broken images that an error names; it counts the others."""
+Reason = tuple[str, str]
+"""Path of a broken image, and why it is."""
 
 
 class Tolerance:
@@ -17,10 +19,14 @@ class Tolerance:
     It is settled once every image has been read: what breaks later is an error, as it always is.
     """
 
-    def __init__(self, most: int, log: Callable[..., None]) -> None:
-        self.broken: dict[int, tuple[str, str]] = {}  # by the row's id: path and reason
+    def __init__(
+        self, most: int, log: Callable[..., None], held_out: Sequence[Reason] = ()
+    ) -> None:
+        """`held_out` are others that are known already; they count."""
+        self.broken: dict[int, Reason] = {}  # by the row's id
         self.settled = False
-        self._most, self._log, self._lock = most, log, Lock()
+        self._most, self._held_out = most, held_out
+        self._log, self._lock = log, Lock()
         self._told: set[int] = set()
 
     def note(self, row: int, path: str, reason: str) -> None:
@@ -36,34 +42,32 @@ class Tolerance:
             path, reason = self.broken[row]
             self._log("broken", image=path, reason=reason)
         self._told |= set(new)
-        require_few(self.in_order(), self._most)
+        every = [*self.in_order(), *self._held_out]
+        if len(every) > self._most:
+            of_test = f", {len(self._held_out)} of them held out" if self._held_out else ""
+            raise CorpusError(
+                f"{named(every)} do not decode{of_test}: more than --max-bad {self._most} allows; "
+                "replace them by sound ones of the same names, or allow more and go on with "
+                "--resume"
+            )
 
-    def in_order(self) -> list[tuple[str, str]]:
-        """Path and reason of those found so far, in the order of rows."""
+    def in_order(self) -> list[Reason]:
+        """Those found so far, in the order of rows."""
         with self._lock:
             return [told for _, told in sorted(self.broken.items())]
 
-    def settle(self, broken: dict[int, tuple[str, str]]) -> None:
+    def settle(self, broken: dict[int, Reason]) -> None:
         """These it is, and no more."""
         self.broken, self.settled = broken, True
         self._told |= set(broken)
 
 
-def listed(broken: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+def listed(broken: Iterable[Reason]) -> tuple[str, ...]:
     """Each as the summary has it."""
     return tuple(f"{path}: {reason}" for path, reason in broken)
 
 
-def require_few(broken: list[tuple[str, str]], most: int) -> None:
-    """Raises CorpusError if more images, (path, reason) each, are broken than --max-bad allows."""
-    if len(broken) > most:
-        raise CorpusError(
-            f"{named(broken)} do not decode, more than --max-bad {most} allows; replace them by "
-            "sound ones of the same names, or allow more and go on with --resume"
-        )
-
-
-def named(broken: list[tuple[str, str]]) -> str:
+def named(broken: Sequence[Reason]) -> str:
     """The first few of these, and how many others."""
     some = ", ".join(f"{path} ({reason})" for path, reason in broken[:NAMED])
     return some + (f" and {len(broken) - NAMED} more" if len(broken) > NAMED else "")

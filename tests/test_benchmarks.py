@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from benchmarks import (
     detection,
     end_to_end,
     gpu_check,
+    kill,
     loader,
     misses,
     results_file,
@@ -795,3 +797,59 @@ def test_the_tables_of_the_readme_say_what_the_committed_lines_say(tmp_path):
     assert text.startswith("before\n<!-- clean -->\n| data |") and "typed" not in text
     assert text.endswith("<!-- /clean -->\nafter\n")
     assert run(tables.cli, page, "--check").exit_code == 0
+
+
+# --- killed and resumed ---------------------------------------------------------------------------
+
+
+class Start:
+    """A start of csc-gpu train: what it tells, and how often it is asked before it does."""
+
+    def __init__(self, log: Path, told: str = "", after: int = 0) -> None:
+        self.log, self.told, self.after, self.asked = log, told, after, 0
+
+    def poll(self) -> int | None:
+        self.asked += 1
+        if self.asked > self.after and self.told:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(self.told)
+            self.told = ""
+        return None
+
+    def wait(self, seconds: float | None = None) -> int:
+        if seconds is not None:
+            raise subprocess.TimeoutExpired("train", seconds)
+        self.poll()
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        assert number == signal.SIGKILL
+
+
+def test_every_start_of_a_killed_run_is_known_by_what_it_told_itself(tmp_path, monkeypatch):
+    """The second start gets no further than the first, and is killed in the stage nevertheless."""
+    there = tmp_path / "killed-0.partial" / "log.jsonl"
+    line = '{"event": "conceal", "seconds": %d, "epoch": %d}\n'
+    starts = [
+        Start(tmp_path / "whole" / "log.jsonl", line % (1, 1) + line % (2, 9)),
+        Start(there, line % (1, 7) + '{"event": "conc'),
+        second := Start(there, line % (1, 3), after=3),
+        Start(there),
+    ]
+    given = iter(starts)
+    monkeypatch.setattr(kill, "started", lambda *words: next(given))
+    monkeypatch.setattr(kill, "hashes", lambda folder: {})
+    words = ("c", "--work", tmp_path, "--kills", 2, "--each", 2, "--stage", "conceal")
+    done = run(kill.main, *words, "--out", tmp_path / "kill.jsonl")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "kill.jsonl").read_text())["in"] == ["conceal 7", "conceal 3"]
+    assert second.asked > 3
+
+
+def test_what_an_earlier_start_told_is_not_where_this_one_was(tmp_path):
+    log = tmp_path / "log.jsonl"
+    assert kill.furthest(log, 0) == "before training"
+    log.write_text('{"event": "train", "epoch": 4, "seconds": 1}\n')
+    assert kill.furthest(log, 0) == "train 4"
+    assert kill.furthest(log, log.stat().st_size) == "before training"

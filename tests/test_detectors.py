@@ -60,6 +60,13 @@ def test_the_anomaly_index_is_known_by_hand():
     np.testing.assert_allclose(index, np.array([-1, 0, 1, 8, 0]) / 1.4826)
 
 
+def test_where_most_gains_are_equal_the_mean_deviation_stands_in():
+    """Median 2, deviations 0, 0, 0, 8: their median is 0, their mean 2."""
+    index = scan.anomaly_index(np.array([2.0, 2.0, 2.0, 10.0]))
+    np.testing.assert_allclose(index, np.array([0, 0, 0, 4]) / 1.2533)
+    assert scan.anomaly_index(np.full(3, 0.1)).tolist() == [0, 0, 0]
+
+
 def test_covariances_of_means_and_rows_are_recovered():
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(60), 40)

@@ -6,12 +6,13 @@ import io
 import json
 import os
 import shutil
+import signal
 import struct
 import tarfile
 import tracemalloc
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -448,6 +449,18 @@ def sparse(path: Path) -> None:
         file.addfile(told)
 
 
+def two_in_one(path: Path) -> None:
+    more = tar(path.with_name("more"), *samples(0, 1, start=2))
+    path.write_bytes(tar(path, *samples(0, 1)).read_bytes() + more.read_bytes())
+    more.unlink()
+
+
+def long_tail(path: Path) -> None:
+    """Zeros without end, which take no room on disk."""
+    tar(path, *samples(0, 1))
+    os.truncate(path, 1 << 40)
+
+
 SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "up": (plain(("../0.png", image(0)), ("../0.cls", b"0")), "leads out"),
     "up inside": (plain(("a/../../0.png", image(0))), "leads out"),
@@ -481,6 +494,8 @@ SHARDS: dict[str, tuple[Callable[[Path], None], str]] = {
     "bool": (plain(*samples(0), ("1.png", image(1)), ("1.json", b'{"label": true}')), "no label"),
     "list": (plain(("1.png", image(1)), ("1.json", b"[1]")), "no label"),
     "nothing": (plain(), "holds no images"),
+    "two in one": (two_in_one, "goes on at byte .* after the end of a tar; .* a file of its own"),
+    "long tail": (long_tail, "goes on at byte"),
 }
 
 
@@ -511,6 +526,66 @@ def test_what_hides_images_from_us_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cat/1.png").write_bytes(image(0))
     with pytest.raises(CorpusError, match="shards and a folder of images"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("more", ["more/1.tar", "train/more/deep/1.tar", "dev/1.tar.gz"])
+def test_shards_in_folders_that_are_not_read_are_not_passed_over(tmp_path: Path, more: str) -> None:
+    tar(tmp_path / "train/0.tar", *samples(0, 1))
+    tar(tmp_path / "val/0.tar", *samples(0, 1, start=2))
+    tar(tmp_path / ".hidden/0.tar", *samples(0, 1))
+    assert len(opened(tmp_path).train) == 2
+    tar(tmp_path / more, *samples(0, 1, start=4))
+    with pytest.raises(CorpusError, match=f"{more} would be passed over: .* move it there"):
+        opened(tmp_path)
+
+
+# ------------------------------------------------------------------------- what is no file at all
+
+
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Whoever waits for a pipe that nobody writes to fails, instead of waiting for ever."""
+
+    def late(number: int, frame: object) -> None:
+        pytest.fail("it waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+def test_a_manifest_that_is_no_file_of_ours_is_refused(
+    tmp_path: Path, kind: str, hasty: None
+) -> None:
+    manifest = photos(tmp_path / "photos") / "manifest.json"
+    if kind == "pipe":
+        os.mkfifo(manifest)
+    elif kind == "device":
+        manifest.symlink_to(os.devnull)  # as it might be to one that never ends
+    else:
+        manifest.touch()
+        os.truncate(manifest, (1 << 24) + 1)
+    with pytest.raises(CorpusError, match=r"manifest\.json is no file, or of more than \d+ bytes"):
+        opened(tmp_path / "photos")
+    manifest.unlink()
+    manifest.mkdir()
+    assert len(opened(tmp_path / "photos").train) == 12
+
+
+def test_a_pipe_among_the_images_is_a_broken_one(tmp_path: Path, hasty: None) -> None:
+    folder = photos(tmp_path / "photos", n_train=24)
+    pipe = folder / "train/cat/0.png"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    assert loader.header_sizes([pipe, folder / "train/dog/1.png"]).tolist() == [[0, 0], [8, 8]]
+    assert call("plan", folder, "--cpu").exit_code == 0
+    done = call("train", folder, "--out", tmp_path / "run", "--max-bad", 1, *QUICK)
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "run/summary.json").read_text())
+    assert told["broken"] == ["train/cat/0.png: not a regular file"]
 
 
 def test_a_picture_too_large_is_named_before_it_is_decoded(tmp_path: Path) -> None:
@@ -620,6 +695,20 @@ def test_records_that_hold_no_image_and_label_are_refused(
     records(tmp_path / "a.tfrecord", content)
     with pytest.raises(CorpusError, match=said):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_list_of_labels_is_refused_at_the_second(tmp_path: Path, packed: bool) -> None:
+    one = bytes(1) if packed else varint(1 << 3) + bytes(1)
+    labels = one * 200_000
+    content = feature(b"image/class/label", field(3, field(1, labels) if packed else labels))
+    records(tmp_path / "a.tfrecord", field(1, content))
+    tracemalloc.start()
+    with pytest.raises(CorpusError, match="damaged at byte"):
+        opened(tmp_path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 4 * len(content)
 
 
 @pytest.mark.parametrize("length", [1, 10**6, (1 << 64) - 1])

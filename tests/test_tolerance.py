@@ -81,7 +81,7 @@ def test_one_too_many_is_one_line(tmp_path: Path):
     corpus = on_disk(tmp_path, 12)
     for row in (3, 5, 7):
         spoil(corpus.files[row], "half")
-    said = r"3\.png \(truncated PNG\), 5.*, 7.* do not decode, more than --max-bad 2 allows; "
+    said = r"3\.png \(truncated PNG\), 5.*, 7.* do not decode: more than --max-bad 2 allows; "
     with pytest.raises(CorpusError, match=said):
         list(streamed(replace(corpus, tolerance=Tolerance(2, Told())), 4))
 
@@ -217,22 +217,34 @@ def test_one_too_many_ends_the_run_which_goes_on_with_more(photos: Path, tmp_pat
     assert train(photos, "--out", tmp_path / "whole", "--max-bad", 9).exit_code == 0
     done = train(photos, "--out", tmp_path / "run", "--max-bad", 3)
     last = done.stderr.strip().splitlines()[-1]
-    assert done.exit_code == 2 and "more than --max-bad " in last and "--resume" in last
+    assert done.exit_code == 2 and "--resume" in last
+    assert "do not decode, 1 of them held out: more than --max-bad 3 allows" in last
+    assert " and 1 more " in last
     assert list((tmp_path / "run.partial" / "checkpoint").iterdir())
     assert train(photos, "--out", tmp_path / "run", "--max-bad", 4, "--resume").exit_code == 0
     assert same_files(tmp_path / "run", tmp_path / "whole")
 
 
-def test_pixels_that_fit_are_checked_beforehand_and_so_many_left_out(
-    photos: Path, tmp_path: Path, monkeypatch
+def test_too_many_held_out_are_named_before_training(photos: Path, tmp_path: Path):
+    done = train(photos, "--out", tmp_path / "run", "--max-bad", 0)
+    assert done.exit_code == 2
+    assert "4.png (truncated PNG) do not decode, 1 of them held out: more than" in done.stderr
+
+
+@pytest.mark.parametrize("free", [10**9, None])
+def test_a_run_goes_on_whatever_memory_is_free_then(
+    photos: Path, tmp_path: Path, monkeypatch, free: int | None
 ):
-    monkeypatch.setattr(CpuBackend, "free_bytes", lambda self: 10**9)
-    done = train(photos, "--out", tmp_path / "run", "--max-bad", 3)
-    assert done.exit_code == 2 and "more than --max-bad 3 allows" in done.stderr
-    assert train(photos, "--out", tmp_path / "run", "--max-bad", 4).exit_code == 0
-    assert train(photos, "--out", tmp_path / "skip", "--skip-broken").exit_code == 0
-    assert same_files(tmp_path / "run", tmp_path / "skip")
-    assert len(summary(tmp_path / "run")["broken"]) == 4
+    assert train(photos, "--out", tmp_path / "whole", "--max-bad", 4).exit_code == 0
+    with monkeypatch.context() as patched:
+        interrupted_at(patched, ("train", 3), ("train", 8))
+        assert train(photos, "--out", tmp_path / "run", "--max-bad", 4).exit_code == 130
+        patched.setattr(CpuBackend, "free_bytes", lambda self: free)
+        cut = train(photos, "--out", tmp_path / "run", "--max-bad", 4, "--resume")
+        assert cut.exit_code == 130, cut.output
+    done = train(photos, "--out", tmp_path / "run", "--max-bad", 4, "--resume")
+    assert done.exit_code == 0, done.output
+    assert same_files(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("more", [["--skip-broken"], ["--defense", "plain"]])

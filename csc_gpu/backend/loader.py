@@ -328,12 +328,11 @@ def decoded_bytes(sizes: NDArray[np.int64]) -> int:
 @contextmanager
 def header(place: Place) -> Iterator[Any]:
     """The image as a file of which only the beginning need be read."""
-    if isinstance(place, Piece):
-        with place.path.open("rb") as file:
-            yield ContainerIO(file, place.start, place.size)
-    else:
-        with place.open("rb") as file:
-            yield file
+    path = place.path if isinstance(place, Piece) else place
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise CorpusError(f"{path} is missing, or not a regular file")
+    with path.open("rb") as file:
+        yield ContainerIO(file, place.start, place.size) if isinstance(place, Piece) else file
 
 
 def decode(

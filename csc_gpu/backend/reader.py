@@ -21,7 +21,7 @@ from csc_gpu.backend import Decoder
 from csc_gpu.backend.loader import decode, decoded_bytes, find_broken, header_sizes
 from csc_gpu.errors import CorpusError
 from csc_gpu.files import Files, Place
-from csc_gpu.tolerance import Tolerance, listed, named, require_few
+from csc_gpu.tolerance import Tolerance, listed, named
 from csc_gpu.types import Corpus, Log, Split, quiet
 
 LARGEST_SIDE = 224
@@ -58,16 +58,16 @@ def read(
     pixels would take too much of it stay on disk if they may be streamed: read_at is then set.
     `before` is told what is about to be read, and may raise.
     Raises CorpusError for files that do not decode, unless they are to be left out, and for pixels
-    that fit neither way. With max_bad so many may be left out; those to train on are not decoded
-    beforehand if they stay on disk, and may prove broken while they are read (see Tolerance).
+    that fit neither way. With max_bad so many may be left out; those to train on stay on disk
+    whatever is free, so that a run can be gone on with anywhere, and may prove broken while they
+    are read (see Tolerance).
     """
     if split.train.files:
         how: dict[str, Any] = {"threads": decoder.threads, "cache": cache, "log": log}
-        stays = max_bad is not None and may_stream
-        if stays and _is_too_large(split, settings, room(), seen):
-            split = tolerant(split, max_bad or 0, seen, **how)
+        if max_bad is None:
+            split = sound(split, skip_broken=skip_broken, **how)
         else:
-            split = sound(split, skip_broken=skip_broken, max_bad=max_bad, **how)
+            split = tolerant(split, max_bad, seen, **how)
     sizes = sizes_of(split.train, split.test, cache=seen)
     height, width = common_size(sizes[: len(split.train)], settings.size)
     if min(height, width) < SMALLEST_SIDE:
@@ -79,13 +79,15 @@ def read(
         return split
     n_bytes = 3 * height * width * (len(split.train) + len(split.test))
     free = room()
-    too_large = free is not None and n_bytes > SHARE_OF_MEMORY * free
-    too_large |= split.train.tolerance is not None
-    if free is not None and too_large and not (may_stream and split.train.files):
-        raise _too_large(n_bytes, height, width, free)
-    before(split, (height, width), too_large)
-    if too_large:
-        log("stream", bytes=n_bytes, room=free)
+    stays = split.train.tolerance is not None
+    if not stays and free is not None and n_bytes > SHARE_OF_MEMORY * free:
+        if not (may_stream and split.train.files):
+            raise _too_large(n_bytes, height, width, free)
+        stays = True
+    before(split, (height, width), stays)
+    if stays:
+        if free is not None:
+            log("stream", bytes=n_bytes, room=free)
         read_at, file_bytes = (height, width), decoded_bytes(sizes)
         return replace(
             split,
@@ -106,7 +108,6 @@ def sound(
     *,
     threads: int,
     skip_broken: bool = False,
-    max_bad: int | None = None,
     cache: Path | None = None,
     log: Log = quiet,
 ) -> Split:
@@ -117,9 +118,7 @@ def sound(
         return split
     (train, of_train), (test, of_test) = (_without(part, reasons) for part in (train, test))
     broken = of_train + of_test
-    if max_bad is not None:
-        _require_few(broken, max_bad, log)
-    elif not skip_broken:
+    if not skip_broken:
         n_rows = len(split.train) + len(split.test)
         raise CorpusError(
             f"{len(broken)} of {n_rows} images do not decode: {named(broken)}; "
@@ -139,8 +138,10 @@ def tolerant(
 ) -> Split:
     """The split whose images to train on may prove broken; those held out are decoded once here."""
     test, broken = _without(split.test, _checked(split.test.files, threads, cache, log))
-    _require_few(broken, max_bad, log)
-    train, tolerance = split.train, Tolerance(max_bad - len(broken), log)
+    for path, reason in broken:
+        log("broken", image=path, reason=reason)
+    train, tolerance = split.train, Tolerance(max_bad, log, broken)
+    tolerance.require_few()  # before those to train on are looked at
     headless = np.flatnonzero(sizes_of(train, cache=seen)[:, 0] == 0)
     reasons = _checked(train.files.take(headless), threads, None, log)
     for row in headless.tolist():
@@ -149,12 +150,6 @@ def tolerant(
     tolerance.require_few()
     train = replace(train, tolerance=tolerance)
     return data.checked(Split(train, test, listed(broken)), "without the broken files")
-
-
-def _require_few(broken: list[tuple[str, str]], max_bad: int, log: Log) -> None:
-    for path, reason in broken:
-        log("broken", image=path, reason=reason)
-    require_few(broken, max_bad)
 
 
 def _checked(files: Files, threads: int, cache: Path | None, log: Log) -> dict[Place, str]:
@@ -174,15 +169,6 @@ def _without(corpus: Corpus, reasons: Mapping[Place, str]) -> tuple[Corpus, list
     kept = np.flatnonzero([told is None for told in reason])
     broken = [(path, told) for path, told in zip(corpus.paths, reason, strict=True) if told]
     return corpus.take(kept), broken
-
-
-def _is_too_large(
-    split: Split, settings: data.Settings, free: int | None, seen: Path | None
-) -> bool:
-    """Whether the pixels take too much of the memory that is free, broken images counted in."""
-    height, width = common_size(sizes_of(split.train, cache=seen), settings.size)
-    n_bytes = 3 * height * width * (len(split.train) + len(split.test))
-    return free is not None and n_bytes > SHARE_OF_MEMORY * free
 
 
 def sizes_of(*parts: Corpus, cache: Path | None = None) -> NDArray[np.int64]:

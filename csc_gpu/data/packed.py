@@ -32,6 +32,8 @@ from csc_gpu.types import Corpus, Log, quiet
 FORMAT, VERSION = "csc-gpu shards", 1
 MANIFEST, ROWS = "manifest.json", "rows.npz"
 SHARD = re.compile(r"(train|test)/\d{6}\.tar")
+LARGEST_MANIFEST = 1 << 24
+"""Most bytes of a manifest: enough for 90,000 shards."""
 COLUMNS = ("shard", "offset", "size", "label", "row")
 """Arrays of rows.npz, (N,) int64 each; `paths` holds N names with a NUL between them, as bytes."""
 
@@ -47,11 +49,19 @@ class Shard:
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether it holds a manifest of ours, or a damaged one beside its table."""
-    try:
-        told = json.loads((folder / MANIFEST).read_bytes())
-    except OSError:
+    """Whether it holds a manifest of ours, or a damaged one beside its table.
+
+    Raises CorpusError for one that cannot be read to its end.
+    """
+    path = folder / MANIFEST
+    if not path.exists() or path.is_dir():
         return False
+    if not path.is_file() or path.stat().st_size > LARGEST_MANIFEST:  # a pipe would wait for ever
+        raise CorpusError(
+            f"{path} is no file, or of more than {LARGEST_MANIFEST} bytes; move it away"
+        )
+    try:
+        told = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         return (folder / ROWS).exists()
     return isinstance(told, dict) and told.get("format") == FORMAT

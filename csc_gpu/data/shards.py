@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -39,7 +40,7 @@ RECORDS = re.compile(r"\.tfrecords?$|-\d{5}-of-\d{5}$")
 LARGEST_LABEL = 2**31 - 1
 LONGEST_JSON = 1 << 20
 """Most bytes of a label in a tar."""
-SCANS = 1
+SCANS = 2
 """Raise it when shards are read otherwise than before: what is kept is then found out anew."""
 
 
@@ -73,6 +74,7 @@ def open_shards(folder: Path) -> tuple[Corpus, Corpus | None]:
     if len(kinds) > 1:
         raise CorpusError(f"{folder} holds tars and TFRecords; put them into folders of their own")
     _require_no_images(folder)
+    _require_all_read(folder)
     scan = scan_tar if kinds == {TAR} else tfrecords.scan
     classes = listed_classes(folder / CLASS_LIST)
     tables = [_scanned(folder / shard, scan) for shard in found]
@@ -180,6 +182,24 @@ def _require_no_images(folder: Path) -> None:
             raise CorpusError(
                 f"{folder} holds shards and a folder of images, {strange[0]}; move either away"
             )
+
+
+def _require_all_read(folder: Path) -> None:
+    """Raises CorpusError for shards in deeper or other folders: they would be passed over."""
+    read = [folder / part for part in ("", *PARTS)]
+    for here, names, files in (found for top in read for found in os.walk(top)):
+        names[:] = [name for name in names if not name.startswith(".")]
+        strange = [] if Path(here) in read else [name for name in files if _is_named_so(name)]
+        if strange:
+            raise CorpusError(
+                f"{Path(here, strange[0])} would be passed over: shards are read from {folder} "
+                f"and its folders {', '.join(PARTS)}; move it there, or away"
+            )
+
+
+def _is_named_so(name: str) -> bool:
+    """Whether a file of this name is a shard, or a compressed one."""
+    return any(kind.search(name) for kind in (TAR, COMPRESSED, RECORDS))
 
 
 def _require_labels(path: Path, table: Table, limit: int) -> None:

@@ -1,7 +1,8 @@
 """The members of a tar, from their headers alone: nothing is unpacked, nothing written.
 
 ustar, GNU long names and pax paths. What has no place in a corpus is refused: links, devices,
-names that lead out of the folder, sizes beyond the file, a tar without its end.
+names that lead out of the folder, sizes beyond the file, a tar without its end or that goes on
+after it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from csc_gpu.errors import CorpusError
 BLOCK = 512
 LONGEST_NAME = 1 << 16
 """Most bytes of a GNU long name or a pax header."""
+LONGEST_END = 1 << 20
+"""Most bytes of zeros at the end: tar fills up its last record, of 10 kB unless told otherwise."""
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 FILE, FOLDER, LONG_NAME, PAX, PAX_OF_ALL = b"0\x007", b"5", b"L", b"x", b"g"
 
@@ -49,7 +52,7 @@ def _members(file: int, path: Path, end: int) -> Iterator[Member]:
         if len(header) < BLOCK:
             raise CorpusError(f"{path} ends without the end of a tar: it was cut short, or is none")
         if not any(header):
-            return
+            return _require_end(file, path, at, end)
         kind, name, size = _read(header, path, at)
         name, size = given.get("path", name), _number(given.get("size", size), path, at)
         start, given = at + BLOCK, {}
@@ -69,6 +72,15 @@ def _members(file: int, path: Path, end: int) -> Iterator[Member]:
             raise CorpusError(
                 f"{path}: member {name!r} is a link, a device or another thing that is no file"
             )
+
+
+def _require_end(file: int, path: Path, at: int, end: int) -> None:
+    """Raises CorpusError for more than zeros after the last member: it would be passed over."""
+    if end - at > LONGEST_END or os.pread(file, LONGEST_END, at).strip(b"\0"):
+        raise CorpusError(
+            f"{path} goes on at byte {at}, after the end of a tar; if it is several of them, make "
+            "each a file of its own"
+        )
 
 
 def _read(header: bytes, path: Path, at: int) -> tuple[bytes, str, int]:

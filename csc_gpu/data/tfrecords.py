@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from csc_gpu.errors import CorpusError
@@ -98,7 +99,8 @@ class _Shard:
                     raise CorpusError(f"{self.path}: two {name.decode()} at byte {entry[0]}")
                 for value in self.fields(entry, 2):
                     number, within = (1, self.items) if name == IMAGE else (3, self.integers)
-                    values = [one for some in self.fields(value, number) for one in within(some)]
+                    every = (one for some in self.fields(value, number) for one in within(some))
+                    values = list(islice(every, 2))  # a hostile list may be of any length
                     if len(values) != 1:
                         raise self.fault(value[0])
                     found[name] = values[0]

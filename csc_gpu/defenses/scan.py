@@ -29,6 +29,8 @@ from csc_gpu.types import Array, DefenderView, Outcome, Segregation
 Labels = NDArray[np.int64]
 CONSISTENT = 1.4826
 """Times the median absolute deviation: the standard deviation, if it is normal."""
+MEAN_CONSISTENT = 1.2533
+"""Times the mean absolute deviation: the same (Iglewicz and Hoaglin 1993)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +187,13 @@ def _two_groups(
 
 
 def anomaly_index(gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far each J lies above the median of all, in median absolute deviations. (C,)"""
+    """How far each J lies above the median of all, in median absolute deviations. (C,)
+
+    Where these are 0, as over half of all J are equal, mean ones stand in.
+    """
     if not len(gains):
         return gains
     above = gains - np.median(gains)
-    deviation = CONSISTENT * np.median(abs(above))
-    return above / max(float(deviation), np.finfo(float).tiny)
+    off = abs(above)
+    deviation = CONSISTENT * np.median(off) or MEAN_CONSISTENT * off.mean()
+    return above / deviation if deviation else off
