@@ -9,6 +9,7 @@ import torch
 from csc_gpu.backend import open_backend
 from csc_gpu.config import override
 from csc_gpu.defenses import scan, spectral, spectre, strip
+from csc_gpu.defenses.outlying import deviations
 from csc_gpu.models import new_model
 from tests.fake_gpu import fake_gpu
 from tests.test_defenses import clean
@@ -54,17 +55,17 @@ def test_as_many_rows_of_a_class_go_as_the_rate_and_its_unit_say(changes, remove
 # ----------------------------------------------------------------------------------------- scan
 
 
-def test_the_anomaly_index_is_known_by_hand():
+def test_deviations_from_the_median_are_known_by_hand():
     """Median 2, deviations 1, 0, 1, 8, 0: their median is 1."""
-    index = scan.anomaly_index(np.array([1.0, 2.0, 3.0, 10.0, 2.0]))
+    index = deviations(np.array([1.0, 2.0, 3.0, 10.0, 2.0]))
     np.testing.assert_allclose(index, np.array([-1, 0, 1, 8, 0]) / 1.4826)
 
 
-def test_where_most_gains_are_equal_the_mean_deviation_stands_in():
+def test_where_most_values_are_equal_the_mean_deviation_stands_in():
     """Median 2, deviations 0, 0, 0, 8: their median is 0, their mean 2."""
-    index = scan.anomaly_index(np.array([2.0, 2.0, 2.0, 10.0]))
+    index = deviations(np.array([2.0, 2.0, 2.0, 10.0]))
     np.testing.assert_allclose(index, np.array([0, 0, 0, 4]) / 1.2533)
-    assert scan.anomaly_index(np.full(3, 0.1)).tolist() == [0, 0, 0]
+    assert deviations(np.full(3, 0.1)).tolist() == [0, 0, 0]
 
 
 def test_covariances_of_means_and_rows_are_recovered():

@@ -86,11 +86,6 @@ def test_the_smallest_mask_that_worked_is_kept():
     torch.testing.assert_close(trigger.found()[0], kept)
 
 
-def test_the_index_counts_deviations_below_the_median():
-    index = nc.anomaly(np.array([10.0, 12.0, 9.0, 11.0, 1.0]))
-    np.testing.assert_allclose(index, np.array([0, -2, 1, -1, 9]) / 1.4826)
-
-
 def test_only_the_chosen_rows_carry_a_trigger_and_all_keep_their_label():
     triggers = [nc.Trigger((6, 6), np.random.default_rng(seed)) for seed in (0, 1)]
     objective = nc.unlearning(triggers, np.array([2, 1, 2, 0]), CPU)

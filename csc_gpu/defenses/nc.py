@@ -29,13 +29,12 @@ from csc_gpu.backend import Backend, Batch
 from csc_gpu.backend.ranks import Forward
 from csc_gpu.config import require
 from csc_gpu.defenses.course import Course
+from csc_gpu.defenses.outlying import deviations
 from csc_gpu.models import Net
 from csc_gpu.train import Method, Objective, constant
 from csc_gpu.trigger import RANGE
 from csc_gpu.types import DefenderView, Outcome
 
-TO_SIGMA = 1.4826
-"""Standard deviations in a median absolute deviation, of normal values."""
 EASE = 1.5
 """The mask's weight falls by its factor to this power, where it rises by the factor."""
 
@@ -91,7 +90,7 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
     model = course.trained()
     triggers = [sought(course, model, label, chosen) for label in range(view.train.n_classes)]
     norms = np.array([float(trigger.found()[0].sum()) for trigger in triggers])
-    index = anomaly(norms)
+    index = deviations(-norms)  # masks far smaller than the others'
     targets = np.flatnonzero(index > chosen.index)
     course.log("triggers", norms=norms.tolist(), index=index.tolist(), targets=targets.tolist())
     if not len(targets):
@@ -215,14 +214,6 @@ def search(trigger: Trigger, model: Net, label: int, images: int, settings: Clea
         return loss
 
     return objective
-
-
-def anomaly(norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How many deviations each mask's size (C,) is below the median of all. (C,)"""
-    below = np.median(norms) - norms
-    deviation = TO_SIGMA * np.median(np.abs(below))
-    index: NDArray[np.float64] = below / max(float(deviation), np.finfo(float).tiny)
-    return index
 
 
 def unlearning(triggers: list[Trigger], carried: NDArray[np.int64], backend: Backend) -> Objective:

@@ -23,14 +23,11 @@ from csc_gpu.backend import Backend
 from csc_gpu.components import axes
 from csc_gpu.config import require
 from csc_gpu.defenses.course import Course, verdict
+from csc_gpu.defenses.outlying import deviations
 from csc_gpu.segregate.clusters import own_order
 from csc_gpu.types import Array, DefenderView, Outcome, Segregation
 
 Labels = NDArray[np.int64]
-CONSISTENT = 1.4826
-"""Times the median absolute deviation: the standard deviation, if it is normal."""
-MEAN_CONSISTENT = 1.2533
-"""Times the mean absolute deviation: the same (Iglewicz and Hoaglin 1993)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +102,7 @@ def analysed(
         rows, ours = rows[backend.to_numpy(order)], ours[order]
         groups[label] = rows, *_two_groups(ours, of_means, within, white, chosen, backend, seed)
     gains = np.array([groups[label][2] for label in present])
-    index = anomaly_index(gains)
+    index = deviations(gains)  # J far above the others'
     suspect, belief = np.zeros(len(labels), bool), np.zeros(len(labels))
     for label, anomaly in zip(present, index, strict=True):
         rows, in_smaller, _, side = groups[label]
@@ -184,16 +181,3 @@ def _two_groups(
         gain,
         np.asarray(backend.to_numpy(near), float),
     )
-
-
-def anomaly_index(gains: NDArray[np.float64]) -> NDArray[np.float64]:
-    """How far each J lies above the median of all, in median absolute deviations. (C,)
-
-    Where these are 0, as over half of all J are equal, mean ones stand in.
-    """
-    if not len(gains):
-        return gains
-    above = gains - np.median(gains)
-    off = abs(above)
-    deviation = CONSISTENT * np.median(off) or MEAN_CONSISTENT * off.mean()
-    return above / deviation if deviation else off
