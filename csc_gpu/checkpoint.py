@@ -42,6 +42,9 @@ class Settings:
 
     minutes: float = 10.0
     """Most minutes between two checkpoints of a training; every epoch ends with one as well."""
+    dates: bool = True
+    """Go on only if the files of the corpus have the dates of then; false: a copy will do, if sizes
+    and the images that are looked at are the same."""
 
     def __post_init__(self) -> None:
         require(self, "checkpoint", "above 0", lambda value: value > 0, "minutes")

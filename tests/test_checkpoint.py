@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import save_file
 
 from csc_gpu import checkpoint, csc, pipeline, run, segregate
@@ -126,7 +127,7 @@ def test_a_record_that_lacks_something_says_so_when_it_is_asked(tmp_path: Path):
     kept = Folder(tmp_path, minutes=1)
     kept.save("run", lambda: Record({}, {}))
     with pytest.raises(CorpusError, match=r"lacks 'starts': .* --force"):
-        pipeline.count_start(kept, {}, Console())
+        pipeline.count_start(kept, {}, csc.Settings(), Console())
     kept.save("run", lambda: Record({}, [1]))  # type: ignore[arg-type]
     with pytest.raises(CorpusError, match="cannot read the checkpoint"):
         kept.load("run")
@@ -444,6 +445,109 @@ def test_resume_starts_goes_on_and_says_that_it_is_finished(tmp_path: Path, monk
     status, told = command(*words)
     assert status == 0 and f"{out} is finished: " in told
     assert (out / "summary.json").read_bytes() == before
+
+
+def begin_from(path: Path, seed: int) -> None:
+    state = new_model("resnet8", 3, 8, seed=seed).state_dict()
+    save_file({name: weight.contiguous() for name, weight in state.items()}, path)
+
+
+def arrays(path: Path, seed: int) -> Path:
+    """48 images of three classes; another seed has other pixels, and the same labels."""
+    rng, labels = np.random.default_rng(seed), np.arange(48) % 3
+    pixels = rng.integers(0, 200, (48, 8, 8, 3), np.uint8) + labels[:, None, None, None].astype(
+        "u1"
+    )
+    test = {"x_test": pixels[:9], "y_test": labels[:9]}
+    np.savez(path, x_train=pixels, y_train=labels, **test)
+    return path
+
+
+def images(folder: Path, seed: int) -> Path:
+    """The same as files of one size and one date, as `csc-gpu poison` writes them."""
+    with np.load(arrays(folder.with_suffix(".npz"), seed)) as there:
+        for row, (pixels, label) in enumerate(zip(there["x_train"], there["y_train"], strict=True)):
+            place = folder / f"{label}" / f"{row}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place, compress_level=0)
+            os.utime(place, (WRITTEN, WRITTEN))
+    return folder
+
+
+WRITTEN = 10**9
+FAST = ("train.epochs=2", "train.min_steps=1", "train.batch=16")
+SHORT = (*WORDS, *(word for change in FAST for word in ("--set", change)))
+
+
+def cut(monkeypatch, *words: object) -> None:
+    """The run is interrupted after its first snapshot."""
+    with monkeypatch.context() as patched:
+        patched.setattr(csc, "conclude", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        status, told = command("train", *words, *SHORT)
+    assert status == 130, told
+
+
+def assert_refused(words: tuple[object, ...], *needles: str) -> None:
+    status, told = command("train", *words, *SHORT, "--resume")
+    last = told.strip().splitlines()[-1]
+    assert status == 2 and last.startswith("Error: "), told
+    assert all(needle in last for needle in needles), last
+
+
+def test_a_finished_run_answers_for_nothing_else(tmp_path: Path):
+    corpus, other = arrays(tmp_path / "c.npz", 0), arrays(tmp_path / "d.npz", 1)
+    out = tmp_path / "run"
+    assert command("train", corpus, "--out", out, *SHORT)[0] == 0
+    before = (out / "summary.json").read_bytes()
+    for words, said in (
+        ((corpus, "--seed", 5), "had --seed 0, not 5; choose another place"),
+        ((other,), "had source "),
+        (("digits",), "had source "),
+        ((corpus, "--defense", "plain"), "had --defense 'csc', not 'plain'"),
+        ((corpus, "--set", "train.lr=0.01"), "had train.lr 0.05, not 0.01"),
+        ((corpus, "--set", "gpu.bf16=false"), "had gpu.bf16 True, not False"),
+    ):
+        status, told = command("train", *words[:1], "--out", out, *SHORT, *words[1:], "--resume")
+        assert status == 2 and said in told.strip().splitlines()[-1], told
+    os.utime(corpus, (WRITTEN, WRITTEN))  # its bytes count, not its date
+    status, told = command("train", corpus, "--out", out, *SHORT, "--resume")
+    assert status == 0 and f"{out} is finished: " in told, told
+    other.replace(corpus)
+    assert_refused((corpus, "--out", out), "had contents of ", "train anew with --force")
+    assert (out / "summary.json").read_bytes() == before
+    again = command("train", corpus, "--out", out, *SHORT, "--resume", "--force", "--seed", 5)
+    assert again[0] == 0 and "is finished" not in again[1]
+    assert json.loads((out / "summary.json").read_text())["seed"] == 5
+
+
+def test_other_images_with_the_same_labels_are_not_gone_on_with(tmp_path: Path, monkeypatch):
+    corpus, weights = arrays(tmp_path / "c.npz", 0), tmp_path / "init.safetensors"
+    words = (corpus, "--out", tmp_path / "run", "--model", "resnet8", "--init", weights)
+    begin_from(weights, 1)
+    cut(monkeypatch, *words)
+    arrays(corpus, 1)
+    assert_refused(words, "the interrupted run had contents of ", "without --resume")
+    arrays(corpus, 0)
+    begin_from(weights, 2)
+    assert_refused(words, "the interrupted run had contents of train.init ")
+    begin_from(weights, 1)
+    assert_refused((*words, "--set", "gpu.bf16=false"), "had gpu.bf16 True, not False")
+    status, told = command("train", *words, *SHORT, "--resume", "--set", "gpu.prefetch=3")
+    assert status == 0 and "resumed, start 2" in told, told
+
+
+def test_other_files_are_not_gone_on_with_and_a_copy_if_one_says_so(tmp_path: Path, monkeypatch):
+    corpus = images(tmp_path / "photos", 0)
+    words = (corpus, "--out", tmp_path / "run")
+    cut(monkeypatch, *words)
+    images(corpus, 1)  # sizes and dates are those of the others
+    assert_refused(words, "the interrupted run had contents of ")
+    images(corpus, 0)
+    os.utime(corpus / "1" / "1.png", (WRITTEN, WRITTEN + 1))
+    assert_refused(words, "had other dates of ", "add --set checkpoint.dates=false")
+    cut(monkeypatch, *words, "--resume", "--set", "checkpoint.dates=false")
+    status, told = command("train", *words, *SHORT, "--resume")  # the dates of now are known
+    assert status == 0 and "resumed, start 3" in told, told
 
 
 def test_a_checkpoint_with_a_pickle_inside_ends_in_one_line(tmp_path: Path, monkeypatch):
