@@ -24,7 +24,7 @@ from csc_gpu import segregate as segregation
 from csc_gpu.backend import Backend, open_backend, reader
 from csc_gpu.backend.doctor import describe
 from csc_gpu.board import Board
-from csc_gpu.checkpoint import Folder, Following, Record
+from csc_gpu.checkpoint import Folder, Following, Record, fact
 from csc_gpu.config import flattened, override, to_toml
 from csc_gpu.data.packed import digest
 from csc_gpu.defenses import DEFENSES, RESERVE, Entry
@@ -358,9 +358,9 @@ def count_start(kept: Folder, about: Mapping[str, Any], settings: csc.Common, lo
     Raises ConfigError if an earlier start was of another corpus or had other settings.
     """
     before = kept.load("run")
-    starts = before.facts["starts"] + 1 if before else 1
+    starts = fact(before, "starts", int) + 1 if before else 1
     if before is not None:
-        was, commit = before.facts["about"], before.facts["commit"]
+        was, commit = fact(before, "about", dict), before.facts["commit"]
         remedy = "resume it as it was begun, or begin anew with --force and without --resume"
         require_same(was, about, "the interrupted run", remedy, settings)
         log.say(f"resumed, start {starts}")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,11 +127,26 @@ def test_weights_of_someone_else_are_no_record(tmp_path: Path):
 def test_a_record_that_lacks_something_says_so_when_it_is_asked(tmp_path: Path):
     kept = Folder(tmp_path, minutes=1)
     kept.save("run", lambda: Record({}, {}))
-    with pytest.raises(CorpusError, match=r"lacks 'starts': .* --force"):
+    with pytest.raises(CorpusError, match=r"lacks 'starts'.* --force"):
         pipeline.count_start(kept, {}, csc.Settings(), Console())
     kept.save("run", lambda: Record({}, [1]))  # type: ignore[arg-type]
     with pytest.raises(CorpusError, match="cannot read the checkpoint"):
         kept.load("run")
+
+
+@pytest.mark.parametrize("facts", ["[" * 100_000, "[1]", '"x"', "{"])
+def test_facts_that_are_none_are_refused_in_one_line(facts: str, tmp_path: Path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors", metadata={"facts": facts})
+    with pytest.raises(CorpusError, match="cannot read the checkpoint"):
+        Folder(tmp_path, minutes=1).load("a")
+
+
+def test_numbers_and_names_of_another_kind_are_refused(tmp_path: Path):
+    kept = Folder(tmp_path, minutes=1)
+    for facts in ({"starts": "x", "about": {}}, {"starts": True}, {"starts": 1, "about": [1]}):
+        kept.save("run", partial(Record, {}, facts | {"commit": "c"}))
+        with pytest.raises(CorpusError, match=r"damaged, .* \(its '(starts|about)' is .* --force"):
+            pipeline.count_start(kept, {}, csc.Settings(), Console())
 
 
 def test_a_checkpoint_is_due_after_the_minutes_since_the_last(tmp_path: Path):
@@ -251,6 +267,27 @@ def test_the_state_of_another_net_is_refused():
         next(train(model, corpus(), TRAINING, CPU, seed=0, kept=kept))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "x"},
+        {"step": -3},
+        {"step": 13},
+        {"step": 4.0},
+        {"lr": "x"},
+        {"random": 1},
+        {"random": {"bit_generator": "PCG64", "state": "x"}},
+    ],
+)
+def test_a_training_in_a_state_that_cannot_be_is_not_gone_on_with(changes: dict[str, object]):
+    kept = Failing()
+    trained(kept)
+    ((name, record),) = kept.held.items()
+    kept.held[name] = Record(record.tensors, {**record.facts, **changes})
+    with pytest.raises(CorpusError, match="the checkpoint is damaged, or of another version"):
+        trained(kept)
+
+
 @pytest.mark.parametrize("skip", [0, 1, 3, 4])
 @pytest.mark.parametrize("streamed", [False, True])
 def test_skipped_batches_are_drawn_and_not_given(skip: int, streamed: bool, tmp_path: Path):
@@ -329,6 +366,28 @@ def test_a_defense_cut_off_after_any_record_ends_the_same(undisturbed):
 
 def test_without_checkpoints_the_outcome_is_the_same(undisturbed):
     assert same_outcome(defended(NOWHERE), undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "fact", "value"),
+    [
+        ("snapshot", "epoch", "x"),
+        ("snapshot", "min_samples", None),
+        ("snapshot", "radii", [1]),
+        ("snapshot", "radii", [[1.0, 1.0]] * 99),
+        ("verdict", "words", [1]),
+        ("verdict", "checks", "x"),
+        ("verdict", "transfers", [{"label": 1}]),
+        ("verdict", "notes", "x"),
+    ],
+)
+def test_evidence_of_another_kind_is_refused(undisturbed, name: str, fact: str, value: object):
+    kept = Failing()
+    kept.held = dict(undisturbed[1].held)
+    key = next(key for key in kept.held if key.startswith(name))
+    kept.held[key] = Record(kept.held[key].tensors, {**kept.held[key].facts, fact: value})
+    with pytest.raises(CorpusError, match="the checkpoint is damaged, or of another version"):
+        defended(kept)
 
 
 def test_a_verdict_comes_back_as_it_was(undisturbed):
