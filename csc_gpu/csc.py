@@ -150,7 +150,7 @@ def learn(
             if at.step not in watched or at.step in seen:
                 continue
             with clock("features"):
-                sound, points = looked_at(model, corpus, settings, backend, kept)  # (N, D)
+                sound, points = looked_at(model, corpus, settings, backend, kept, log)  # (N, D)
                 check_finite(points, at, settings, backend)
             with clock("cluster"):
                 observe = partial(segregate.observe, scales=scales[at.step])
@@ -169,12 +169,12 @@ def learn(
 
 
 def looked_at(
-    model: Net, corpus: Corpus, settings: Settings, backend: Backend, kept: Checkpoints
+    model: Net, corpus: Corpus, settings: Settings, backend: Backend, kept: Checkpoints, log: Log
 ) -> tuple[Corpus, Array]:
     """The rows that decode, and their features (N, D); with the first of them that is settled."""
     while True:
         sound = corpus.sound()
-        points = features(model, sound, backend, settings.features)
+        points = features(model, sound, backend, settings.features, log)
         if sound.is_sound.all():
             break
     tolerance = corpus.tolerance

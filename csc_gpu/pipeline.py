@@ -130,7 +130,7 @@ def train(
             save_outcome(folder, outcome, split.sound(), settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     told = f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
-    return f"{told}\n{paged(out)}" if page else told
+    return f"{told}\n{paged(out, quiet=quiet)}" if page else told
 
 
 def heading(*, defense: str, seed: int, settings: csc.Common, backend: Backend) -> str:
@@ -152,10 +152,11 @@ def extent(split: Split, settings: csc.Common) -> str:
     )
 
 
-def paged(folder: Path) -> str:
+def paged(folder: Path, *, quiet: bool = False) -> str:
     """The line that says where the page of a run is, or why there is none."""
     try:
-        return f"report: {report.write(folder)}"
+        with Console(folder / "log.jsonl", silent=quiet):
+            return f"report: {report.write(folder)}"
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted while its page was made; the run is complete in {folder}"
@@ -364,6 +365,7 @@ def count_start(kept: Folder, about: Mapping[str, Any], settings: csc.Common, lo
         remedy = "resume it as it was begun, or begin anew with --force and without --resume"
         require_same(was, about, "the interrupted run", remedy, settings)
         log.say(f"resumed, start {starts}")
+        log("resumed", start=starts, begun_with_code=commit)
         if commit != run.commit():
             log.say(f"note: it was begun with the code of {commit}, this is {run.commit()}")
     facts = {"about": about, "starts": starts, "commit": run.commit()}
