@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -59,6 +61,18 @@ def memory() -> dict[str, float]:
     return told
 
 
+class Heard(logging.Handler):
+    """Hands on what other libraries log as a warning; without a handler it would go to stderr."""
+
+    def __init__(self, tell: Callable[[str, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One message: who says it, and what."""
+        self._tell(record.name, record.getMessage())
+
+
 class Console:
     """A Log: call it with an event and its fields. Use it in a with-block.
 
@@ -83,10 +97,12 @@ class Console:
         self._pulse = pulse  # seconds after which long work is worth a line in the file
         self._spoke = self._wrote = self._start
         self._silent, self._board = silent, board
+        self._heard = Heard(self._tell_warning)
         self._pace = Pace()
 
     def __enter__(self) -> Console:
         self._before, warnings.showwarning = warnings.showwarning, self._warn
+        logging.getLogger().addHandler(self._heard)
         return self
 
     def __exit__(
@@ -96,6 +112,7 @@ class Console:
         trace: TracebackType | None,
     ) -> None:
         warnings.showwarning = self._before
+        logging.getLogger().removeHandler(self._heard)
         self._close_bar()
         if self._file:
             self._file.close()
@@ -132,9 +149,12 @@ class Console:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        """What warnings.showwarning does, and who calls it says."""
-        self.say(f"warning: {message}")
-        self._write("warning", kind=category.__name__, text=str(message))
+        """In place of warnings.showwarning."""
+        self._tell_warning(category.__name__, str(message))
+
+    def _tell_warning(self, kind: str, text: str) -> None:
+        self.say(f"warning: {text}")
+        self._write("warning", kind=kind, text=text)
 
     def _step(self, stage: str, at: Moment) -> None:
         steps = at.budget.steps_per_epoch

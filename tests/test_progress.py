@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -123,9 +124,11 @@ def test_a_warning_goes_to_the_log_and_not_around_the_silence(silent, tmp_path: 
         before = warnings.showwarning
         with Console(tmp_path / "log.jsonl", silent=silent):
             cache.keep(Path("/dev/null/x/y"), b"found")
+            logging.getLogger("matplotlib").warning("no place for %s", "fonts")
         assert warnings.showwarning is before
-    (line,) = lines(tmp_path / "log.jsonl")
+    line, other = lines(tmp_path / "log.jsonl")
     assert line["event"] == "warning" and line["text"].startswith("cannot remember what was found")
+    assert (other["kind"], other["text"]) == ("matplotlib", "no place for fonts")
     said = capsys.readouterr().err
     assert said == "" if silent else said.startswith("warning: cannot remember")
 
