@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class Settings:
 
     minutes: float = 10.0
     """Most minutes between two checkpoints of a training; every epoch ends with one as well."""
+    dates: bool = True
+    """Go on only if the files of the corpus have the dates of then; false: a copy will do, if sizes
+    and the images that are looked at are the same."""
 
     def __post_init__(self) -> None:
         require(self, "checkpoint", "above 0", lambda value: value > 0, "minutes")
@@ -59,10 +62,45 @@ class Held(dict[str, Any]):
     """What a record holds: asked for something else it raises CorpusError."""
 
     def __missing__(self, name: str) -> Any:
-        raise CorpusError(
-            f"the checkpoint lacks {name!r}: it is damaged, or of another version; begin anew with "
-            "--force"
-        )
+        raise damaged(f"it lacks {name!r}")
+
+
+Kind = TypeVar("Kind", int, float, str, dict[str, Any])
+
+
+def fact(record: Record, name: str, kind: type[Kind]) -> Kind:
+    """What a record says under this name; raises CorpusError if that is of another kind."""
+    value = record.facts[name]
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    raise damaged(f"its {name!r} is {str(value)[:40]!r}")
+
+
+@contextmanager
+def understood() -> Iterator[None]:
+    """Raises CorpusError for a fault in a block that only takes a record apart."""
+    try:
+        yield
+    except FAULTS as fault:
+        raise damaged(" ".join(str(fault).split())[:200]) from fault
+
+
+def damaged(why: str) -> CorpusError:
+    """The error for a record that is one of ours, and cannot be gone on from."""
+    return CorpusError(
+        f"the checkpoint is damaged, or of another version ({why}); begin anew with --force"
+    )
+
+
+FAULTS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What reading arrays and facts of the wrong kind or shape may raise."""
 
 
 def to_bytes(record: Record) -> bytes:
@@ -73,7 +111,7 @@ def to_bytes(record: Record) -> bytes:
 
 
 def from_bytes(content: bytes) -> Record:
-    """What `to_bytes` made; else raises SafetensorError, KeyError, TypeError or ValueError."""
+    """What `to_bytes` made; else raises SafetensorError, or one of FAULTS."""
     tensors = load(content)
     length = int.from_bytes(content[:8], "little")  # of the header, which safetensors has checked
     header = json.loads(content[8 : 8 + length])
@@ -132,7 +170,7 @@ class Folder:
             return None
         try:
             return from_bytes(path.read_bytes())
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as fault:
+        except (OSError, SafetensorError, *FAULTS) as fault:
             raise CorpusError(
                 f"cannot read the checkpoint {path}: {fault}; remove that file to do its part "
                 "again, or begin anew with --force"

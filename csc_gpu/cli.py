@@ -369,7 +369,9 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
     "--tensorboard", is_flag=True, help="Curves and cluster tables in the run's tensorboard/."
 )
 @click.option(
-    "--resume", is_flag=True, help="Go on with the run at --out that was interrupted, if any."
+    "--resume",
+    is_flag=True,
+    help="Go on with an interrupted run at --out; a finished one stays, unless --force is given.",
 )
 @fail_on_poison
 @click.option(

@@ -24,7 +24,7 @@ from csc_gpu import backend as backends
 from csc_gpu import checkpoint, conceal, data, recover, segregate, train
 from csc_gpu.backend import Backend
 from csc_gpu.borrowed import start_from
-from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record
+from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, understood
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError, TrainingDiverged
 from csc_gpu.features import Settings as FeatureSettings
@@ -140,8 +140,9 @@ def learn(
     for step in sorted(watched):
         known = kept.load(f"snapshot-{step}")
         if known is not None:
-            seen[step] = segregate.to_sighting(known, backend)
-            stored |= {step: known.tensors["features"].numpy()} if settings.watch.keep else {}
+            with understood():
+                seen[step] = segregate.to_sighting(known, backend)
+                stored |= {step: known.tensors["features"].numpy()} if settings.watch.keep else {}
     with clock("train"):
         for at in train.train(
             model, corpus, settings.train, backend, seed=seed, kept=kept, keep_at=watched
@@ -150,7 +151,7 @@ def learn(
             if at.step not in watched or at.step in seen:
                 continue
             with clock("features"):
-                sound, points = looked_at(model, corpus, settings, backend, kept)  # (N, D)
+                sound, points = looked_at(model, corpus, settings, backend, kept, log)  # (N, D)
                 check_finite(points, at, settings, backend)
             with clock("cluster"):
                 observe = partial(segregate.observe, scales=scales[at.step])
@@ -169,12 +170,12 @@ def learn(
 
 
 def looked_at(
-    model: Net, corpus: Corpus, settings: Settings, backend: Backend, kept: Checkpoints
+    model: Net, corpus: Corpus, settings: Settings, backend: Backend, kept: Checkpoints, log: Log
 ) -> tuple[Corpus, Array]:
     """The rows that decode, and their features (N, D); with the first of them that is settled."""
     while True:
         sound = corpus.sound()
-        points = features(model, sound, backend, settings.features)
+        points = features(model, sound, backend, settings.features, log)
         if sound.is_sound.all():
             break
     tolerance = corpus.tolerance
@@ -189,8 +190,9 @@ def recall_broken(corpus: Corpus, kept: Checkpoints) -> None:
     """Settle who is broken, if an earlier start of the run has read all images."""
     before = kept.load("broken")
     if before is not None and corpus.tolerance is not None:
-        told = before.facts["broken"]
-        corpus.tolerance.settle({row: (path, reason) for row, path, reason in told})
+        with understood():
+            told = {int(row): (path, reason) for row, path, reason in before.facts["broken"]}
+        corpus.tolerance.settle(told)
 
 
 def conclude(
@@ -266,7 +268,8 @@ def judged(
     """The verdict on what was seen, once all witnesses are heard; one that was kept stands."""
     known = kept.load("verdict")
     if known is not None:
-        return segregate.to_verdict(known)
+        with understood():
+            return segregate.to_verdict(known)
     with clock("segregate"):
         what = learnt.sightings, corpus.labels, settings.segregate, backend, witness
         verdict = witness.hearing(lambda: segregate.segregate(*what))

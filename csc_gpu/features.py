@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from csc_gpu.backend import Backend
+from csc_gpu.backend import Backend, Batch
 from csc_gpu.backend.passes import Portion
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError
 from csc_gpu.models import Net
-from csc_gpu.types import Array, Corpus
+from csc_gpu.types import Array, Corpus, Log, quiet
 
 BATCH = 512
 """Images in one forward pass."""
@@ -52,7 +52,11 @@ class Settings:
 
 @torch.inference_mode()
 def features(
-    model: Net, corpus: Corpus, backend: Backend, settings: Settings | None = None
+    model: Net,
+    corpus: Corpus,
+    backend: Backend,
+    settings: Settings | None = None,
+    log: Log = quiet,
 ) -> Array:
     """The input of the last linear layer, for every row. (N, D), C order, on the device or Spilled
 
@@ -71,12 +75,21 @@ def features(
         else xp.zeros(shape, getattr(xp, kept.precision))
     )
     with tapped(model, kept.layer) as taken:
-        for batch in backend.batches(corpus, BATCH, portion=Portion(batches=ranks.share)):
+        for batch in every_row(corpus, backend, "features", log):
             points = taken(batch.images)  # (B, D) float32, whatever training computes in
             out[backend.array(batch.rows)] = backend.array(points)
     if ranks.world > 1:
         ranks.add_up(backend.tensor(out))  # a row is zero but with the rank that took it
     return out
+
+
+def every_row(corpus: Corpus, backend: Backend, what: str, log: Log) -> Iterator[Batch]:
+    """All rows in batches, of which a rank gets its share; the log is told how far that is."""
+    done, ranks = 0, backend.ranks
+    for batch in backend.batches(corpus, BATCH, portion=Portion(batches=ranks.share)):
+        done += len(batch.rows) * ranks.world  # the others are about as far
+        yield batch
+        log(what, done=min(done, len(corpus)), total=len(corpus))
 
 
 @contextmanager
@@ -192,11 +205,11 @@ def fitted(model: Net, points: Array, labels: NDArray[np.int64], backend: Backen
 
 
 @torch.inference_mode()
-def predict(model: Net, corpus: Corpus, backend: Backend) -> Array:
+def predict(model: Net, corpus: Corpus, backend: Backend, log: Log = quiet) -> Array:
     """The most likely output for every row. (N,) int64, 0..C-1, or C for the virtual class"""
     model.eval()
     out = backend.xp.zeros(len(corpus), dtype=backend.xp.int64)
-    for batch in backend.batches(corpus, BATCH, portion=Portion(batches=backend.ranks.share)):
+    for batch in every_row(corpus, backend, "predict", log):
         out[backend.array(batch.rows)] = backend.array(model(batch.images).argmax(1))
     backend.ranks.add_up(backend.tensor(out))
     return out

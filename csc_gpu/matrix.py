@@ -24,7 +24,7 @@ import numpy as np
 from csc_gpu import attacks, csc, data, evaluate, pipeline, run, sources
 from csc_gpu.backend import Backend
 from csc_gpu.backend.doctor import describe
-from csc_gpu.checkpoint import NOWHERE, Checkpoints, Folder, Record
+from csc_gpu.checkpoint import NOWHERE, Checkpoints, Folder, Record, fact
 from csc_gpu.config import flattened, override, read_toml, require
 from csc_gpu.data.holdout import held_out
 from csc_gpu.defenses import DEFENSES, RATE, RESERVE
@@ -328,7 +328,7 @@ class Table:
             known = Record({}, {"score": run.plain(score)})
             self.folder.save("score", lambda: known)
         took = self.folder.load(SECONDS)
-        return known.facts["score"], float(took.facts[SECONDS]) if took else 0.0
+        return fact(known, "score", dict), fact(took, SECONDS, float) if took else 0.0
 
     def _tell_seconds(self, seconds: float) -> None:
         self.folder.save(SECONDS, lambda: Record({}, {SECONDS: seconds}))

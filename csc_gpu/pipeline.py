@@ -24,8 +24,9 @@ from csc_gpu import segregate as segregation
 from csc_gpu.backend import Backend, open_backend, reader
 from csc_gpu.backend.doctor import describe
 from csc_gpu.board import Board
-from csc_gpu.checkpoint import Folder, Following, Record
+from csc_gpu.checkpoint import Folder, Following, Record, fact
 from csc_gpu.config import flattened, override, to_toml
+from csc_gpu.data.packed import digest
 from csc_gpu.defenses import DEFENSES, RESERVE, Entry
 from csc_gpu.errors import ConfigError, Interrupted, OutputError
 from csc_gpu.features import width
@@ -78,8 +79,9 @@ def train(
     """Run a defense on a source and write the run directory; the verdict, in a few lines.
 
     `reserve` is a source of clean images, for the defenses that need some; score leaves these out.
-    With resume an interrupted run there is gone on with, and a finished one left as it is. The page
-    is made when the run is complete, so that nothing about it can harm the run.
+    With resume an interrupted run there is gone on with, and a finished one of the same source and
+    settings left as it is, but not with force: it is done anew. The page is made when the run is
+    complete, so that nothing about it can harm the run.
     """
     settings = settings_of(defense, changes)
     require_able(defense, backend, reserve=bool(reserve))
@@ -90,10 +92,14 @@ def train(
     run.check_apart(source, out)
     if reserve:
         run.check_apart(reserve, out)
-    if resume and (out / "summary.json").exists() and not run.partial_of(out).exists():
-        done = read_summary(out)
-        told = f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
-        return told if backend.ranks.is_first else ""
+    is_done = (out / "summary.json").exists() and not run.partial_of(out).exists()
+    if resume and is_done and not force:
+        if not backend.ranks.is_first:
+            return ""
+        with Console(silent=quiet) as log:
+            split = data.open_source(source, settings.data, log)
+            about = identity(source, split, settings, defense, seed, reserve)
+        return finished(out, about, settings)
     how: dict[str, Any] = {"defense": defense, "seed": seed}
     how |= {"settings": settings, "backend": backend}
     if not backend.ranks.is_first:
@@ -107,24 +113,24 @@ def train(
         ):
             log.say(heading(**how))
             check = MemoryCheck(settings, backend, log)
-            split = opened(source, settings, backend, check, broken, log)
+            split = data.open_source(source, settings.data, log)
+            about = identity(source, split, settings, defense, seed, reserve)
+            split = opened(split, source, settings, backend, check, broken, log)
             if reserve:
                 how["trusted"] = sources.reserve(reserve, split.train, log=log)
             log.say(extent(split, settings))
             run.check_room(folder, needed_bytes(split.train, settings))
-            about = identity(source, split.train, settings, defense, seed)
-            about |= {"--reserve": str(Path(reserve).absolute())} if reserve else {}
-            starts = count_start(kept, about, log)
+            starts = count_start(kept, about | read_rows(split.train), settings, log)
             run.write_text(folder / "settings.toml", to_toml(settings))  # those of then, if refused
             outcome, summary = defended(source, split, log=log, kept=kept, **how)
-            summary |= {"starts": starts, "memory": check.measured()}
+            summary |= {"starts": starts, "memory": check.measured(), "asked": about}
             if reserve:
                 summary |= {"reserve": reserve, "reserve_rows": len(how["trusted"])}
                 run.save_reserve(folder / run.RESERVE, how["trusted"])
             save_outcome(folder, outcome, split.sound(), settings, summary, backend)
     suspects = f"suspects: {out / 'suspects.csv'}\n" if outcome.segregation else ""
     told = f"{summary['verdict']}\n{suspects}summary: {out / 'summary.json'}"
-    return f"{told}\n{paged(out)}" if page else told
+    return f"{told}\n{paged(out, quiet=quiet)}" if page else told
 
 
 def heading(*, defense: str, seed: int, settings: csc.Common, backend: Backend) -> str:
@@ -146,10 +152,11 @@ def extent(split: Split, settings: csc.Common) -> str:
     )
 
 
-def paged(folder: Path) -> str:
+def paged(folder: Path, *, quiet: bool = False) -> str:
     """The line that says where the page of a run is, or why there is none."""
     try:
-        return f"report: {report.write(folder)}"
+        with Console(folder / "log.jsonl", silent=quiet):
+            return f"report: {report.write(folder)}"
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted while its page was made; the run is complete in {folder}"
@@ -218,12 +225,14 @@ def follow(
     with Console(silent=True) as log, kept.heeding_sigterm():
         settings = how["settings"]
         check = MemoryCheck(settings, backend, log)
-        split = opened(source, settings, backend, check, broken, log)
+        split = data.open_source(source, settings.data, log)
+        split = opened(split, source, settings, backend, check, broken, log)
         defended(source, split, backend=backend, log=log, kept=kept, **how)
     return ""
 
 
 def opened(
+    split: Split,
     source: str,
     settings: csc.Common,
     backend: Backend,
@@ -235,7 +244,8 @@ def opened(
 
     `broken` says what to do about images that do not decode: skip_broken and max_bad of `load`.
     """
-    return sources.load(source, settings.data, backend=backend, before=check, log=log, **broken)
+    how = {"backend": backend, "before": check, "log": log, **broken}
+    return sources.read(split, source, settings.data, **how)
 
 
 def defended(
@@ -263,45 +273,99 @@ def defended(
     return outcome, summary
 
 
+UNTOLD = (
+    "checkpoint.",
+    "features.spill",
+    *(f"gpu.{name}" for name in ("memory", "graph", "decode_threads", "prefetch")),
+    *(f"gpu.{name}" for name in ("cluster", "scheduler")),
+)
+"""Settings of the machine, or groups of them, that may change between two starts of a run."""
+
+
 def identity(
-    source: str, corpus: Corpus, settings: csc.Common, defense: str, seed: int
+    source: str, split: Split, settings: csc.Common, defense: str, seed: int, reserve: str
 ) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with."""
-    rows = hashlib.sha256("\n".join(corpus.paths).encode(errors="surrogateescape"))
-    rows.update(corpus.labels.astype("<i8").tobytes())
+    """What must be the same for a run to be gone on with, of a source that is open but not read."""
     chosen = {
-        name: value
-        for name, value in flattened(settings).items()
-        if not name.startswith(("gpu.", "checkpoint.", "features.spill"))
+        name: value for name, value in flattened(settings).items() if not name.startswith(UNTOLD)
     }
+    init = Path(settings.train.init)
     return {
         "source": str(Path(source).absolute()) if Path(source).exists() else source,
-        "rows": len(corpus),
-        "rows and labels": rows.hexdigest(),
-        "classes": list(corpus.classes),
-        "image size": list(corpus.image_size),
+        "classes": list(split.train.classes),
+        "names and labels": named(split.train),
+        **told_apart(source, split),
         "--defense": defense,
         "--seed": seed,
+        "--reserve": str(Path(reserve).absolute()) if reserve else "",
+        **(told_apart(reserve, data.open_source(reserve, data.Settings())) if reserve else {}),
         **chosen,
+        "contents of train.init": digest(init) if init.is_file() else "",
     }
 
 
-def count_start(kept: Folder, about: Mapping[str, Any], log: Console) -> int:
+def told_apart(source: str, split: Split) -> dict[str, str]:
+    """What tells the images of this source from others, each under a name to be told."""
+    found = sources.fingerprints(source, split)
+    return {f"{name} of {source}": told[:16] for name, told in found.items()}
+
+
+def read_rows(corpus: Corpus) -> dict[str, Any]:
+    """What must be the same, too, once it is known which images decode."""
+    return {
+        "rows": len(corpus),
+        "rows and labels": named(corpus),
+        "image size": list(corpus.image_size),
+    }
+
+
+def named(corpus: Corpus) -> str:
+    """A digest of the names and labels of all rows."""
+    rows = hashlib.sha256("\n".join(corpus.paths).encode(errors="surrogateescape"))
+    rows.update(corpus.labels.astype("<i8").tobytes())
+    return rows.hexdigest()
+
+
+def require_same(
+    was: Mapping[str, Any], about: Mapping[str, Any], what: str, remedy: str, settings: csc.Common
+) -> None:
+    """Raises ConfigError if what was begun then had another corpus or other settings."""
+    for name, value in about.items():
+        is_date = name.startswith(f"{sources.DATES} of ")
+        if was.get(name) == value or (is_date and not settings.checkpoint.dates):
+            continue
+        if is_date:
+            raise ConfigError(
+                f"{what} had other {name}; if its files are a copy of those of then, add --set "
+                f"checkpoint.dates=false, else {remedy}"
+            )
+        raise ConfigError(f"{what} had {name} {was.get(name)!r}, not {value!r}; {remedy}")
+
+
+def finished(out: Path, about: Mapping[str, Any], settings: csc.Common) -> str:
+    """What a finished run has found. Raises ConfigError if it was of another corpus, or other."""
+    done = read_summary(out)
+    remedy = "choose another place, or train anew with --force"
+    was = done.get("asked")
+    if not isinstance(was, dict):
+        raise ConfigError(f"{out} is finished, but does not tell of which corpus; {remedy}")
+    require_same(was, about, f"the finished run in {out}", remedy, settings)
+    return f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
+
+
+def count_start(kept: Folder, about: Mapping[str, Any], settings: csc.Common, log: Console) -> int:
     """How often the run has been started, this time included.
 
     Raises ConfigError if an earlier start was of another corpus or had other settings.
     """
     before = kept.load("run")
-    starts = before.facts["starts"] + 1 if before else 1
+    starts = fact(before, "starts", int) + 1 if before else 1
     if before is not None:
-        was, commit = before.facts["about"], before.facts["commit"]
-        for name, value in about.items():
-            if was.get(name) != value:
-                raise ConfigError(
-                    f"the interrupted run had {name} {was.get(name)!r}, not {value!r}; resume it "
-                    "as it was begun, or begin anew with --force"
-                )
+        was, commit = fact(before, "about", dict), before.facts["commit"]
+        remedy = "resume it as it was begun, or begin anew with --force and without --resume"
+        require_same(was, about, "the interrupted run", remedy, settings)
         log.say(f"resumed, start {starts}")
+        log("resumed", start=starts, begun_with_code=commit)
         if commit != run.commit():
             log.say(f"note: it was begun with the code of {commit}, this is {run.commit()}")
     facts = {"about": about, "starts": starts, "commit": run.commit()}

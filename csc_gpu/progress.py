@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -58,10 +61,24 @@ def memory() -> dict[str, float]:
     return told
 
 
+class Heard(logging.Handler):
+    """Hands on what other libraries log as a warning; without a handler it would go to stderr."""
+
+    def __init__(self, tell: Callable[[str, str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One message: who says it, and what."""
+        self._tell(record.name, record.getMessage())
+
+
 class Console:
     """A Log: call it with an event and its fields. Use it in a with-block.
 
-    With `silent` nothing goes to stderr; the file and the board are written all the same.
+    With `silent` nothing goes to stderr; the file and the board are written all the same. Warnings
+    given meanwhile are told like everything else. A file that was long silent gets a line about
+    what goes on, so that it can be told from a run that hangs.
     """
 
     def __init__(
@@ -69,6 +86,7 @@ class Console:
         file: Path | None = None,
         *,
         every: float = 5.0,
+        pulse: float = 60.0,
         silent: bool = False,
         board: Board | None = None,
     ) -> None:
@@ -76,11 +94,15 @@ class Console:
         self._start = time.perf_counter()
         self._bar: tqdm[Any] | None = None
         self._every = every  # seconds between two lines about epochs
-        self._spoke = self._start
+        self._pulse = pulse  # seconds after which long work is worth a line in the file
+        self._spoke = self._wrote = self._start
         self._silent, self._board = silent, board
+        self._heard = Heard(self._tell_warning)
         self._pace = Pace()
 
     def __enter__(self) -> Console:
+        self._before, warnings.showwarning = warnings.showwarning, self._warn
+        logging.getLogger().addHandler(self._heard)
         return self
 
     def __exit__(
@@ -89,6 +111,8 @@ class Console:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        warnings.showwarning = self._before
+        logging.getLogger().removeHandler(self._heard)
         self._close_bar()
         if self._file:
             self._file.close()
@@ -106,7 +130,8 @@ class Console:
             self.say(f"{gigabytes} free: the files are read in every epoch")
             self._write(event, **fields)
         elif "total" in fields:
-            self._advance(event, fields["done"], fields["total"], "files")
+            self._advance(event, fields["done"], fields["total"], "images")
+            self._beat(event, fields["done"], fields["total"])
         else:
             self._write(event, **fields)
 
@@ -115,11 +140,28 @@ class Console:
         if not self._silent:
             tqdm.write(printable(text), file=sys.stderr)
 
+    def _warn(
+        self,
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        """In place of warnings.showwarning."""
+        self._tell_warning(category.__name__, str(message))
+
+    def _tell_warning(self, kind: str, text: str) -> None:
+        self.say(f"warning: {text}")
+        self._write("warning", kind=kind, text=text)
+
     def _step(self, stage: str, at: Moment) -> None:
         steps = at.budget.steps_per_epoch
         self._pace.step(stage, at)
         self._advance(stage, at.step, at.budget.steps, "steps")
         if at.step % steps and at.step != at.budget.steps:
+            self._beat(stage, at.step, at.budget.steps)
             return
         epoch, loss = round(at.epoch), float(at.loss)
         told = {"images_per_second": self._pace.images_per_second(), **memory()}
@@ -162,6 +204,11 @@ class Console:
         if done >= total:
             self._close_bar()
 
+    def _beat(self, what: str, done: int, total: int) -> None:
+        """A line about long work, if there was none for long."""
+        if time.perf_counter() - self._wrote >= self._pulse:
+            self._write("progress", of=what, done=done, total=total, **memory())
+
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -169,6 +216,7 @@ class Console:
 
     def _write(self, event: str, **fields: Any) -> None:
         if self._file:
-            seconds = round(time.perf_counter() - self._start, 3)
+            self._wrote = time.perf_counter()
+            seconds = round(self._wrote - self._start, 3)
             self._file.write(json.dumps({"event": event, "seconds": seconds, **fields}) + "\n")
             self._file.flush()

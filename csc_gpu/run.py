@@ -103,6 +103,8 @@ VERDICT = Kind(
 MODELS = frozenset(f"{name}.safetensors" for name in ("model", "undefended", "recovered"))
 CHECKPOINTS = "checkpoint"
 """The folder of an unfinished run in which its checkpoints lie."""
+REPLACED = ".replaced"
+"""The folder of a result in which the older one lies while it is being replaced."""
 BOARD = "tensorboard"
 """The folder of a run that TensorBoard reads."""
 PAGE, PLOTS, REVIEW = "report.html", "plots", "review.csv"
@@ -126,18 +128,23 @@ def fresh_directory(out: Path, kind: Kind, *, force: bool, resume: bool = False)
 
     With force an earlier result of the same kind is replaced; anything else stays. With resume the
     checkpoints of an interrupted run are found there again. Raises OutputError if it cannot be
-    written or another run is writing there, Interrupted on Ctrl-C.
+    written or another run is writing there, Interrupted on Ctrl-C. Ended at any moment, it leaves
+    the older result or the new one whole, and a place where the next can begin.
     """
     check_free(out, kind, force=force)
     out, partial = out.resolve(), partial_of(out)
     with writing(out), _alone(partial, kind):
+        if (partial / REPLACED).exists() and not out.exists():  # someone was ended in between
+            os.replace(partial / REPLACED, out)
+            check_free(out, kind, force=force)
         try:
             _begin(partial, kind, force=force, resume=resume)
             yield partial
             if out.exists():
-                shutil.rmtree(out)
+                os.replace(out, partial / REPLACED)
             os.replace(partial, out)
-            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+            for name in (REPLACED, CHECKPOINTS):
+                shutil.rmtree(out / name, ignore_errors=True)
         except (KeyboardInterrupt, Terminated) as stop:
             kept = _kept(partial)
             _remove_if_empty(partial)
@@ -181,13 +188,17 @@ def locked(folder: Path) -> Iterator[None]:
 
     place = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as fault:
-        os.close(place)
-        raise OutputError(
-            f"another csc-gpu is writing {folder}; wait for it, or choose another place"
-        ) from fault
-    try:
+        try:
+            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            raise OutputError(
+                f"another csc-gpu is writing {folder}; wait for it, or choose another place"
+            ) from fault
+        except OSError as fault:
+            raise OutputError(
+                f"cannot lock {folder} against a second csc-gpu: {fault.strerror or fault}; choose "
+                "a place on a file system that has locks (flock)"
+            ) from fault
         yield
     finally:
         os.close(place)
@@ -223,7 +234,7 @@ def check_free(out: Path, kind: Kind, *, force: bool) -> None:
     held = {path.name for path in out.iterdir()}
     if not held:
         return
-    strange = sorted(held - kind.names - {OURS})
+    strange = sorted(held - kind.names - {OURS, REPLACED})
     if strange or not _is_ours(out, kind):
         some = ", ".join(strange[:3]) or f"another result than csc-gpu {kind.command}'s"
         raise OutputError(f"{out} holds other files ({some}); choose another place")

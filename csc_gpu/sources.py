@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,10 +13,15 @@ from numpy.typing import NDArray
 
 from csc_gpu import cache, data
 from csc_gpu.backend import Backend, Decoder, reader, usable_cores
-from csc_gpu.backend.loader import decode
+from csc_gpu.backend.loader import contents_of, decode
+from csc_gpu.data.packed import MANIFEST, digest, is_packed
 from csc_gpu.errors import CorpusError
 from csc_gpu.memory import free_memory
 from csc_gpu.types import Corpus, Log, Split, quiet
+
+SAMPLED = 1000
+"""Images of a source whose bytes are looked at to tell it from another: reading all takes long."""
+CONTENTS, DATES = "contents", "dates"
 
 
 def load(
@@ -32,7 +39,30 @@ def load(
     With a backend the pixels are where it wants them, or stay on disk if they do not fit there;
     without one they are resident on the processor. `before` is told first, and may raise.
     """
-    split = data.open_source(source, settings, log)
+    return read(
+        data.open_source(source, settings, log),
+        source,
+        settings,
+        backend=backend,
+        before=before,
+        skip_broken=skip_broken,
+        max_bad=max_bad,
+        log=log,
+    )
+
+
+def read(
+    split: Split,
+    source: str,
+    settings: data.Settings,
+    *,
+    backend: Backend | None = None,
+    before: reader.Before = lambda split, size, streamed: None,
+    skip_broken: bool = False,
+    max_bad: int | None = None,
+    log: Log = quiet,
+) -> Split:
+    """As `load`, of a source that is open already."""
     return reader.read(
         split,
         settings,
@@ -46,6 +76,32 @@ def load(
         seen=cache.place("sizes", source, ".bin"),
         log=log,
     )
+
+
+def fingerprints(source: str, split: Split) -> dict[str, str]:
+    """What tells the images of an open source from others, though not all of them are read.
+
+    Contents: an .npz or a CSV by its bytes, what `pack` wrote by its manifest, which has the hash
+    of every shard. Files by their sizes, and by the bytes of SAMPLED images of each part; their
+    dates are apart, for a copy has others.
+    """
+    path = Path(source)
+    if path.is_dir() and is_packed(path):
+        return {CONTENTS: digest(path / MANIFEST)}
+    contents, dates = hashlib.sha256(), hashlib.sha256()
+    if path.is_file():
+        contents.update(digest(path).encode())
+    parts = [part.files for part in (split.train, split.test)]
+    root = parts[0].root
+    for name in dict.fromkeys(parts[0].names + parts[1].names):
+        size, modified, _ = cache.stamp(root / name) or (-1, -1, -1)
+        contents.update(size.to_bytes(8, signed=True))
+        dates.update(modified.to_bytes(8, signed=True))
+    for files in parts:
+        for row in range(0, len(files), max(1, len(files) // SAMPLED)):
+            found = contents_of(files[row])
+            contents.update(found.encode() if isinstance(found, str) else found)
+    return {CONTENTS: contents.hexdigest(), DATES: dates.hexdigest()}
 
 
 def training_size(source: str, train: Corpus, settings: data.Settings) -> tuple[int, int]:

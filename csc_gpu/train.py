@@ -22,7 +22,15 @@ from torch.nn import functional
 from csc_gpu.backend import Augment, Backend, Batch
 from csc_gpu.backend.passes import Portion, batches_in
 from csc_gpu.backend.ranks import Forward
-from csc_gpu.checkpoint import NOWHERE, Checkpoints, Record, fingerprint
+from csc_gpu.checkpoint import (
+    NOWHERE,
+    Checkpoints,
+    Record,
+    damaged,
+    fact,
+    fingerprint,
+    understood,
+)
 from csc_gpu.config import require
 from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.models import KNOWN, entry, is_known
@@ -189,8 +197,14 @@ def train(
     step, before = 0, kept.load(name)
     if before is not None:
         restore(before, model, optimiser, rng)
-        step, lr = before.facts["step"], before.facts["lr"]
-        yield Moment(step, step / plan.steps_per_epoch, before.tensors["loss"], lr, plan, len(rows))
+        step, lr, loss = (
+            fact(before, "step", int),
+            fact(before, "lr", float),
+            before.tensors["loss"],
+        )
+        if not 0 < step <= plan.steps or loss.ndim:
+            raise damaged(f"step {step} of {plan.steps}, loss of shape {tuple(loss.shape)}")
+        yield Moment(step, step / plan.steps_per_epoch, loss, lr, plan, len(rows))
     ranks, forward = backend.ranks, backend.ranks.parallel(model)
     first, done = divmod(step, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
@@ -279,13 +293,14 @@ def restore(
 ) -> None:
     """Put a training's state back. Raises CorpusError if it is that of another net."""
     weights, held = dict[str, torch.Tensor](), dict[int, dict[str, torch.Tensor]]()
-    for key, value in kept.tensors.items():
-        what, _, name = key.partition(".")
-        if what == "model":
-            weights[name] = value
-        elif what == "optimiser":
-            number, _, name = name.partition(".")
-            held.setdefault(int(number), {})[name] = value
+    with understood():
+        for key, value in kept.tensors.items():
+            what, _, name = key.partition(".")
+            if what == "model":
+                weights[name] = value
+            elif what == "optimiser":
+                number, _, name = name.partition(".")
+                held.setdefault(int(number), {})[name] = value
     try:
         model.load_state_dict(weights)
     except RuntimeError as fault:
@@ -293,8 +308,9 @@ def restore(
             "the checkpoint is of another net; resume with the settings of then, or begin anew "
             "with --force"
         ) from fault
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": held})
-    rng.bit_generator.state = kept.facts["random"]
+    with understood():
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": held})
+        rng.bit_generator.state = kept.facts["random"]
 
 
 def one_cycle(step: int, warmup: float, steps: int) -> float:

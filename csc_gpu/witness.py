@@ -50,7 +50,8 @@ class Trained:
         """Features of all rows under the trained model. (N, D) on the device"""
         if self._points is None:
             with self._clock("features"):
-                self._points = features(self._model, self._corpus, self._backend, self._extraction)
+                how = self._backend, self._extraction, self._log
+                self._points = features(self._model, self._corpus, *how)
             if not are_finite(self._points, self._backend.xp):
                 raise TrainingDiverged("training diverged: features are not finite; lower train.lr")
         return self._points
@@ -107,6 +108,8 @@ class Trained:
             ):
                 self._log("step", stage="verify", at=at)
             few = corpus.n_classes < 2**15
-            outputs = predict(model, corpus, backend).astype(np.int16 if few else np.int32)
+            outputs = predict(model, corpus, backend, self._log).astype(
+                np.int16 if few else np.int32
+            )
             predicted = backend.to_numpy(outputs)
         return Reclassified(candidates, controls, predicted.astype(np.int64))

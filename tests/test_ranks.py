@@ -17,7 +17,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from csc_gpu import run
+from csc_gpu import data, pipeline, run
 from csc_gpu.backend import Augment, cpu, open_backend, ranks, resident
 from csc_gpu.backend.passes import Portion, even_parts
 from csc_gpu.backend.ranks import ALONE, Ranks
@@ -109,7 +109,11 @@ def test_batches_that_leave_a_rank_too_few_images_are_refused(rows: int, fits: b
 def test_of_a_finished_run_the_first_rank_alone_speaks(tmp_path: Path):
     words = ["train", "digits", "--out", tmp_path / "run", "--resume", "--cpu"]
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/summary.json").write_text(json.dumps(dict.fromkeys(run.NEEDED, 0) | DONE))
+    settings = pipeline.settings_of("csc", {"train.model": open_backend("cpu").usual_model})
+    there = data.open_source("digits", settings.data)
+    asked = pipeline.identity("digits", there, settings, "csc", 0, "")
+    done = dict.fromkeys(run.NEEDED, 0) | {"verdict": "nothing", "asked": asked}
+    (tmp_path / "run/summary.json").write_text(json.dumps(done))
     told = []
     for rank in (0, 1):
         with pytest.MonkeyPatch.context() as patch:
@@ -117,9 +121,6 @@ def test_of_a_finished_run_the_first_rank_alone_speaks(tmp_path: Path):
             told.append(CliRunner().invoke(cli, list(map(str, words))))
     assert [done.exit_code for done in told] == [0, 0], told
     assert "is finished: nothing" in told[0].output and not told[1].output
-
-
-DONE = {"verdict": "nothing"}
 
 
 # --- two processes --------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,58 @@ def test_a_link_to_a_directory_is_followed_or_refused_before_the_work(tmp_path: 
         assert not began
     else:
         assert contents(tmp_path / "run") == {"a": ""}
+
+
+@pytest.mark.parametrize("cut", ["rename", "removal"])
+def test_cut_off_while_an_older_run_is_replaced_one_of_the_two_is_whole(
+    cut: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The power fails after the first rename, or in the removal of the older run."""
+    out = tmp_path / "run"
+    with fresh_directory(out, KIND, force=False) as folder:
+        (folder / "a").write_text("old")
+
+    class Cut(BaseException):
+        pass
+
+    real = os.replace
+
+    def replaced(here: Path, there: Path) -> None:
+        real(here, there)
+        raise Cut
+
+    def removed(folder: Path, ignore_errors: bool = False) -> None:
+        (Path(folder) / OURS).unlink()
+        raise Cut
+
+    if cut == "rename":
+        monkeypatch.setattr(os, "replace", replaced)
+    else:
+        monkeypatch.setattr(shutil, "rmtree", removed)
+    with pytest.raises(Cut), fresh_directory(out, KIND, force=True) as folder:
+        (folder / "a").write_text("new")
+    monkeypatch.undo()
+    with fresh_directory(out, KIND, force=True, resume=True) as folder:
+        assert (out / "a").read_text() == ("old" if cut == "rename" else "new")
+        (folder / "a").write_text("newest")
+    assert (out / "a").read_text() == "newest"
+    assert sorted(path.name for path in out.iterdir()) == [OURS, "a"]
+    assert not partial_of(out).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_place_without_locks_is_not_taken_for_one_that_is_busy(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    began = fresh_directory(tmp_path / "run", KIND, force=False)
+    with pytest.raises(OutputError, match=rf"cannot lock .*{os.strerror(number)}; .*flock"), began:
+        pass
 
 
 def test_a_link_to_nowhere_is_refused(tmp_path: Path):

@@ -123,7 +123,7 @@ class Course:
         Raises TrainingDiverged if they are not finite.
         """
         with self.clock("features"):
-            points = extraction.features(model, corpus or self.corpus, self.backend)
+            points = extraction.features(model, corpus or self.corpus, self.backend, log=self.log)
         if not extraction.are_finite(points, self.backend.xp):
             raise TrainingDiverged("training diverged: features are not finite; lower train.lr")
         return points
@@ -131,7 +131,7 @@ class Course:
     def predicted(self, model: Net, corpus: Corpus | None = None) -> NDArray[np.int64]:
         """The most likely class of every row. (N,)"""
         with self.clock("features"):
-            told = extraction.predict(model, corpus or self.corpus, self.backend)
+            told = extraction.predict(model, corpus or self.corpus, self.backend, self.log)
         return self.backend.to_numpy(told).astype(np.int64)
 
     def pixels(self, corpus: Corpus) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
-from csc_gpu.checkpoint import Record
+from csc_gpu.checkpoint import Record, fact
 from csc_gpu.types import Array, Clusters, Reclassified, Segregation, Sighting, Transfer
 
 DRAWN = ("plane", "reach")
@@ -38,14 +38,14 @@ def to_sighting(record: Record, backend: Backend) -> Sighting:
     """The snapshot that `of_sighting` put down, on the device again."""
     arrays = {name: backend.xp.asarray(t.numpy()) for name, t in record.tensors.items()}
     return Sighting(
-        record.facts["epoch"],
+        fact(record, "epoch", float),
         tuple(
             Clusters(**{n: arrays[f"{n}.{number}"] for n in CLUSTER_ARRAYS}, eps=eps, scale=scale)
             for number, (eps, scale) in enumerate(record.facts["radii"])
         ),
-        record.facts["min_samples"],
+        fact(record, "min_samples", int),
         arrays["stray"],
-        record.facts["sampled"],
+        fact(record, "sampled", int),
         *(arrays.get(name) for name in DRAWN),
     )
 
@@ -94,7 +94,7 @@ def to_verdict(record: Record) -> Segregation:
         suspect=arrays["suspect"],
         score=arrays["score"],
         table={name.removeprefix("table."): column for name, column in columns.items()},
-        notes=facts["notes"],
+        notes=fact(record, "notes", dict),
         checks=tuple(
             Reclassified(*(arrays[f"{name}.{number}"] for name in CHECK_ARRAYS))
             for number in range(facts["checks"])
