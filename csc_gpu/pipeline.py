@@ -267,7 +267,7 @@ def defended(
         DefenderView(split.train, trusted), settings, backend, seed=seed, log=log, kept=kept
     )
     spent = time.process_time() - start[0], time.perf_counter() - start[1]
-    summary = summarise(source, split.sound(), outcome, settings, backend)
+    summary = summarise(source, split, outcome, settings, backend)
     summary |= {"defense": defense, "seed": seed, "ranks": backend.ranks.world}
     summary |= {"cpu_seconds": round(spent[0], 2), "wall_seconds": round(spent[1], 2)}
     return outcome, summary
@@ -473,8 +473,9 @@ def summarise(
     source: str, split: Split, outcome: Outcome, settings: csc.Common, backend: Backend
 ) -> dict[str, Any]:
     """The verdict, the evidence that needs no key, and how it was come by."""
+    steps = budget(len(split.train), settings.train)  # those that proved broken were counted in
+    split = split.sound()
     corpus, told = split.train, outcome.segregation
-    steps = budget(len(corpus), settings.train)
     suspect = np.zeros(len(corpus), bool) if told is None else told.suspect
     virtual = {
         "virtual_rate_on_suspects": corpus.take(np.flatnonzero(suspect)),
@@ -651,7 +652,8 @@ def conceal_again(
             notes = {**summary["segregation"], "reviewed": said.files}
             told = Segregation(poison, suspects.score.astype(np.float32), {}, notes)
             outcome = Outcome(concealed, model, split.train.n_classes, told, {}, clock.seconds)
-            new = summary | summarise(source, split, outcome, settings, backend)
+            trained = {name: summary[name] for name in ("epochs", "optimiser_steps")}
+            new = summary | summarise(source, split, outcome, settings, backend) | trained
             path = place / "model.safetensors"
             run.save_model(path, concealed, settings.train.model, split.train)
             lines = cleaning.judged(folder / "suspects.csv", suspects, poison, said)

@@ -24,7 +24,7 @@ from csc_gpu.errors import CorpusError
 from csc_gpu.tolerance import Tolerance
 from tests.test_stream import at_rest, both, installed, on_disk, streamed  # noqa: F401
 
-SETS = ("train.epochs=2", "train.min_steps=1", "train.batch=8", "checkpoint.minutes=1e-9")
+SETS = ("train.epochs=2", "train.min_steps=1", "train.batch=9", "checkpoint.minutes=1e-9")
 WORDS = ("--cpu", "--threads", "1", *(word for change in SETS for word in ("--set", change)))
 
 
@@ -198,8 +198,10 @@ def test_broken_images_are_left_out_and_listed_however_often_the_run_is_cut_off(
         lines = {int(line["row"]): line["path"] for line in csv.DictReader(file)}
     assert len(lines) == 36 and not set(lines.values()) & set(BROKEN)
     assert lines[1] == "train/b/1.png" and lines[20] == "train/a/20.png"  # numbers stay
-    events = map(json.loads, (tmp_path / "whole" / "log.jsonl").read_text().splitlines())
+    told = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    events = list(map(json.loads, told))
     assert sorted(e["image"] for e in events if e["event"] == "broken") == LISTED
+    assert whole["optimiser_steps"] == max(e["step"] for e in events if e["event"] == "train")
 
     moments = (("train", 3), ("broken", 1), ("snapshot", 1), ("train", 8))
     with monkeypatch.context() as patched:
