@@ -292,7 +292,8 @@ def guarded(
     """The model with the trigger concealed; a head that was kept stands."""
     known = kept.load("concealed")
     if known is not None:
-        return conceal.reheaded(model, known.tensors)
+        with understood():
+            return conceal.reheaded(model, known.tensors)
     how = settings.conceal, backend
     concealed = conceal.conceal(
         model, corpus, suspect, *how, seed=seed, log=log, points=witness.points

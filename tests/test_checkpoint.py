@@ -390,6 +390,16 @@ def test_evidence_of_another_kind_is_refused(undisturbed, name: str, fact: str, 
         defended(kept)
 
 
+def test_a_head_of_another_shape_is_refused(undisturbed):
+    kept = Failing()
+    kept.held = dict(undisturbed[1].held)
+    key = next(key for key in kept.held if key.startswith("concealed"))
+    head = {name: value[:-1] for name, value in kept.held[key].tensors.items()}
+    kept.held[key] = Record(head, {})
+    with pytest.raises(CorpusError, match="the checkpoint is damaged, or of another version"):
+        defended(kept)
+
+
 def test_a_verdict_comes_back_as_it_was(undisturbed):
     told = undisturbed[0].segregation
     found = segregate.of_verdict(told)
