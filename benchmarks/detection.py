@@ -49,9 +49,11 @@ ONCE = "-once"
 what any of several scales and snapshots shows."""
 AT_ONCE = 0.5
 """The scale of that clustering."""
-AGAIN = "again"
-"""The default rule as it is now, without recovery: does it still suspect whom it suspected when the
-cell's line was made? If so, that line stands. A run on one core repeats itself bit by bit."""
+AGAIN, RECOVER = "again", "recover"
+"""The default rule as it is now, without recovery: does it still suspect, and leave out of recovery,
+whom it did when the cell's line was made? If so, that line stands, for a run on one core repeats
+itself bit by bit. And recovery as it is now, from the verdict of that line. Both go to files of
+their own."""
 
 
 @click.group()
@@ -174,10 +176,13 @@ def command(*words: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -> None:
     """Judge every trained cell by every rule that has no line yet."""
+    if out == RESULTS and {AGAIN, RECOVER} & set(rules):
+        raise click.ClickException("give --out: these lines are no part of the study's own")
     cells = [json.loads(path.read_text()) for path in sorted(work.glob(f"{only}*/cell.json"))]
     known = [(key_of(line), line["rule"]) for line in read(out)]
     todo = [(c, rule) for rule in rules for c in cells if (key_of(c), rule) not in known]
-    todo = [(c, rule) for c, rule in todo if rule not in (ORACLE, PLAIN) or c["attack"] != "none"]
+    attacked = (ORACLE, PLAIN, RECOVER)
+    todo = [(c, rule) for c, rule in todo if rule not in attacked or c["attack"] != "none"]
     click.echo(f"{len(cells)} cells, {len(todo)} judgements to make")
     with ThreadPoolExecutor(jobs) as pool:
         asked = [pool.submit(judged, cell, rule, work) for cell, rule in todo]
@@ -214,7 +219,7 @@ def one(place: Path, rule: str) -> None:
 
 def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     """The line of a cell and a rule: scores before and after, detection, notes, seconds."""
-    from csc_gpu import answers, csc, evaluate, run, sources
+    from csc_gpu import answers, csc, evaluate, recover, run, sources
     from csc_gpu.backend import open_backend
     from csc_gpu.backend.doctor import describe
     from csc_gpu.config import override, read_toml
@@ -224,7 +229,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     of_run = read_toml(place / "run" / "settings.toml")
     changes = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
     named_rule, once = rule.removesuffix(ONCE), rule.endswith(ONCE)
-    named_rule = DEFAULT if rule == AGAIN else named_rule
+    named_rule = DEFAULT if rule in (AGAIN, RECOVER) else named_rule
     changes |= {} if rule in (ORACLE, PLAIN) else {"segregate.rule": named_rule}
     changes |= {"segregate.scales": [AT_ONCE], "segregate.coarsest": AT_ONCE} if once else {}
     changes |= {"recover.on": rule in (DEFAULT, ORACLE)}
@@ -264,6 +269,18 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     }
     if rule == PLAIN:
         return line
+    if rule == RECOVER:
+        was = verdict_of(place / f"{DEFAULT}.csv", corpus.paths)
+        back = recover.recover(
+            corpus,
+            recover.left_out(was, corpus.labels, settings.recover),
+            lambda seed: csc.fresh_model(corpus, settings, cpu, seed=seed),
+            settings.train,
+            cpu,
+            seed=cell["seed"],
+        )
+        without = int(back.without.sum())
+        return line | {"recovered": scored(back.model), "recovered_without": without}
 
     start, clock = used(), csc.Stopwatch(cpu)
     if rule == ORACLE:
@@ -275,7 +292,10 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
 
     found = outcome.segregation
     if rule == AGAIN:
-        line["changed"] = changed(place / f"{DEFAULT}.csv", found.suspect, corpus.paths)
+        was, how = verdict_of(place / f"{DEFAULT}.csv", corpus.paths), settings.recover
+        line["changed"] = int((was.suspect != found.suspect).sum())
+        both = (recover.left_out(verdict, corpus.labels, how) for verdict in (was, found))
+        line["left_out_changed"] = int((next(both) != next(both)).sum())
     if rule != ORACLE:
         run.save_suspects(place / f"{rule}.csv", snapshots.names, found)
     suspect, score = found.suspect.copy(), found.score.copy()
@@ -291,14 +311,17 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     }
 
 
-def changed(before: Path, suspect: Any, paths: tuple[str, ...]) -> int:
-    """Rows that are suspects now (N,) and were not, or were and are not."""
-    from csc_gpu import run
+def verdict_of(path: Path, paths: tuple[str, ...]) -> Any:
+    """The verdict on these images (N,) that a judgement has written."""
+    import numpy as np
 
-    kept = run.load_suspects(before)
+    from csc_gpu import run
+    from csc_gpu.types import Segregation
+
+    kept = run.load_suspects(path)
     if kept.paths != paths:
-        raise click.ClickException(f"{before} is of another corpus; judge it by {DEFAULT} again")
-    return int((kept.suspect != suspect).sum())
+        raise click.ClickException(f"{path} is of another corpus; judge it by {DEFAULT} again")
+    return Segregation(kept.suspect, kept.score.astype(np.float32), {}, {})
 
 
 def sighted(snapshots: Any, settings: Any, backend: Any, clock: Any) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from csc_gpu.backend import Backend
 from csc_gpu.checkpoint import NOWHERE, Checkpoints
 from csc_gpu.config import require
 from csc_gpu.models import Net
+from csc_gpu.segregate import at_most
 from csc_gpu.types import Corpus, Log, Mask, Segregation, quiet
 
 
@@ -29,19 +30,23 @@ class Settings:
     """Also give a net trained without the suspects (the option --recover)."""
     doubt: float = 0.02
     """Rows of a suspect's label with a poison_score from here on are left out, too: poison that was
-    missed keeps the attack alive, and a clean row costs little. Where that would be all rows of a
-    label, only its suspects are: a net that has seen none of them cannot name it."""
+    missed keeps the attack alive, and a clean row costs little."""
+    most: float = 0.5
+    """Share of the other rows of such a label that doubt may take, the most doubtful ones: a net
+    that has seen few of them cannot name the label."""
 
     def __post_init__(self) -> None:
-        require(self, "recover", "in [0, 1]", lambda score: 0 <= score <= 1, "doubt")
+        shares = ("doubt", "most")
+        require(self, "recover", "in [0, 1]", lambda share: 0 <= share <= 1, *shares)
 
 
 def left_out(verdict: Segregation, labels: NDArray[np.int64], settings: Settings) -> Mask:
-    """The suspects, and the doubtful rows of their labels; of no label all for doubt alone. (N,)"""
-    concerned = np.isin(labels, labels[verdict.suspect])
-    doubtful = verdict.suspect | (verdict.score >= settings.doubt)
-    told_apart = np.isin(labels, labels[~doubtful])
-    unwanted: Mask = verdict.suspect | (concerned & told_apart & doubtful)
+    """The suspects and the doubtful rows of their labels, but of no label most of the rest. (N,)"""
+    unwanted = verdict.suspect
+    for label in np.unique(labels[verdict.suspect]):
+        others = (labels == label) & ~verdict.suspect
+        doubtful = others & (verdict.score >= settings.doubt)
+        unwanted = unwanted | at_most(settings.most, doubtful, others, verdict.score)
     return unwanted
 
 

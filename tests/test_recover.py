@@ -99,21 +99,24 @@ def test_the_same_seed_recovers_the_same_net():
 
 
 def test_left_out_are_the_suspects_and_the_doubtful_rows_of_their_labels():
-    labels = np.array([0, 0, 0, 0, 1, 1, 1])
-    suspect = np.array([1, 0, 0, 0, 0, 0, 0], bool)
-    score = np.array([0.9, 0.3, 0.02, 0.01, 0.4, 0.0, 0.3], np.float32)
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
+    suspect = np.array([1, 0, 0, 0, 0, 0, 0, 0], bool)
+    score = np.array([0.9, 0.3, 0.02, 0.01, 0.0, 0.4, 0.0, 0.3], np.float32)
     verdict = Segregation(suspect, score, {}, {})
     rows = np.flatnonzero(left_out(verdict, labels, Settings(doubt=0.02)))
     assert rows.tolist() == [0, 1, 2]  # nobody of label 1 is suspect, so nobody is doubted
     assert np.flatnonzero(left_out(verdict, labels, Settings(doubt=1.0))).tolist() == [0]
 
 
-def test_doubt_that_would_take_a_whole_label_takes_its_suspects_alone():
-    labels = np.array([0, 0, 0, 1, 1, 1])
-    suspect = np.array([1, 0, 0, 1, 0, 0], bool)
-    score = np.array([0.9, 0.03, 0.05, 0.9, 0.03, 0.0], np.float32)
-    rows = left_out(Segregation(suspect, score, {}, {}), labels, Settings(doubt=0.02))
-    assert np.flatnonzero(rows).tolist() == [0, 3, 4]
+def test_doubt_takes_no_more_than_half_of_a_labels_other_rows():
+    labels = np.array([0] * 6 + [1] * 3)
+    suspect = np.array([1, 1, 0, 0, 0, 0, 1, 0, 0], bool)
+    score = np.array([0.9, 0.9, 0.03, 0.05, 0.04, 0.5, 0.9, 0.3, 0.0], np.float32)
+    verdict = Segregation(suspect, score, {}, {})
+    rows = np.flatnonzero(left_out(verdict, labels, Settings(doubt=0.02)))
+    assert rows.tolist() == [0, 1, 3, 5, 6, 7]  # 2 and 4 are doubtful, too, but less
+    rows = np.flatnonzero(left_out(verdict, labels, Settings(doubt=0.02, most=1.0)))
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_doubt_that_is_no_score_is_refused_by_name():

@@ -29,6 +29,7 @@ from csc_gpu.types import Mask, Segregation, Sighting, Witness
 __all__ = [
     "RULES",
     "Settings",
+    "at_most",
     "capped",
     "drawing",
     "looked_at",
@@ -118,12 +119,13 @@ def capped(
     """
     kept = suspect
     for label in np.setdiff1d(labels[suspect], list(proved)):
-        kept = _at_most(settings.max_label_share, kept, labels == label, belief)
-    kept = _at_most(settings.max_share, kept, np.ones(len(labels), bool), belief)
+        kept = at_most(settings.max_label_share, kept, labels == label, belief)
+    kept = at_most(settings.max_share, kept, np.ones(len(labels), bool), belief)
     return kept, bool((kept != suspect).any())
 
 
-def _at_most(share: float, suspect: Mask, among: Mask, belief: NDArray[np.float32]) -> Mask:
+def at_most(share: float, suspect: Mask, among: Mask, belief: NDArray[np.float32]) -> Mask:
+    """The suspects (N,), but among these rows at most such a share: the likeliest. (N,)"""
     limit, ours = int(share * among.sum()), suspect & among
     if ours.sum() <= limit:
         return suspect
