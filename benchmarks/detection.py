@@ -50,10 +50,10 @@ what any of several scales and snapshots shows."""
 AT_ONCE = 0.5
 """The scale of that clustering."""
 AGAIN, RECOVER = "again", "recover"
-"""The default rule as it is now, without recovery: does it still suspect, and leave out of recovery,
-whom it did when the cell's line was made? If so, that line stands, for a run on one core repeats
-itself bit by bit. And recovery as it is now, from the verdict of that line. Both go to files of
-their own."""
+"""The default rule as it is now, without recovery: does it still suspect, and leave out of
+recovery, whom it did when the cell's line was made? If so, that line stands, for a run on one core
+repeats itself bit by bit. And recovery as it is now, from the verdict of that line. Both go to
+files of their own."""
 
 
 @click.group()
