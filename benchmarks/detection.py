@@ -391,7 +391,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if any("clean_net" not in line for line in lines):
         raise click.ClickException(f"{path} holds lines of an earlier study; give another file")
+    for line in lines:
+        for part in ("recovered", "clean_net"):
+            if line[part]:
+                line[part]["target"] = of_target(line[part]["counts"])
     return lines
+
+
+def of_target(counts: dict[str, list[int]]) -> float | None:
+    """Share of the triggered images of the target class itself that get it, rightly; RA is over the
+    other classes. None where every class is a target."""
+    (others, of_others), (every, of_all) = counts["asr"], counts["asr_incl_target"]
+    return (every - others) / (of_all - of_others) if of_all > of_others else None
 
 
 def key_of(cell: dict[str, Any]) -> str:
@@ -433,6 +444,8 @@ COLUMNS = {
     "accuracy after": (("after", "acc"), 3),
     "RA recovered": (("recovered", "ra"), 3),
     "RA clean net": (("clean_net", "ra"), 3),
+    "target class recovered": (("recovered", "target"), 3),
+    "target class clean net": (("clean_net", "target"), 3),
     "recovered asr": (("recovered", "asr"), 3),
     "recovered accuracy": (("recovered", "acc"), 3),
 }
@@ -508,9 +521,9 @@ def spread(values: list[float | None], digits: int = 3) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
-    each = ", ".join(number(value, digits) for value in known)
+    each = ", ".join(number(value, digits) for value in values)
     middle = number(statistics.median(known), digits)
-    return f"**{middle}** ({each})" if len(known) > 1 else f"**{middle}**"
+    return f"**{middle}** ({each})" if len(values) > 1 else f"**{middle}**"
 
 
 @cli.command()

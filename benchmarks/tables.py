@@ -46,6 +46,8 @@ SHOWN = ("acc", "asr", "ra", "recall", "false alarms", "recovered ra", "x plain"
 """What the comparison of the defenses shows."""
 GOAL = 0.9
 """Attack success before from which on the goals of the study at the usual rate count."""
+MOSTLY = 2.0
+"""Poison against the other rows of its label from where it is one of the hard cells."""
 RECOVERED = 0.9
 """Share of the oracle's RA that recovery is to reach."""
 Line = dict[str, Any]
@@ -64,15 +66,24 @@ def tables(
     before_after = ("accuracy before", "accuracy after")
     asr = ("asr before", "asr after")
     repair = ("recovered accuracy", "RA recovered", "RA clean net")
+    target = ("target class recovered", "target class clean net")
     return {
         "summary": summary(took),
         "main": markdown(took, ("recall", "false alarms", *asr, "clean net")),
-        "main2": markdown(took, (*before_after, *repair)),
+        "main2": markdown(took, (*before_after, *repair, *target)),
         "oracle": told(study, main),
         "clean": markdown(clean, ("false alarms", *before_after)),
-        "hard": markdown(hard, ("recall", "false alarms", *asr, *before_after, "RA recovered")),
+        "hard": markdown(
+            hard, ("recall", "false alarms", *asr, *before_after, *repair[:2], target[0])
+        ),
         "others": markdown(papers, ("recall", "false alarms", *asr, "accuracy after")),
-        "cost": cost(attacked),
+        "cost": cost(
+            {
+                "attacked": attacked,
+                "without poison": clean,
+                "every attack": [line for line in attacks if line["rule"] == DEFAULT],
+            }
+        ),
         "short": short([line for line in took if line["before"]["asr"] >= GOAL], oracles(study)),
         "foot": made_by(study),
         "again": again(judged_again, study),
@@ -83,10 +94,12 @@ def tables(
 
 
 def is_usual(line: Line) -> bool:
-    """One target, the usual rate, true labels."""
-    plain = not line["set"] and not line["label_noise"] and not line["data"].endswith("-tail")
+    """One target, the usual rate, true labels, and no label that is mostly poison."""
+    plain, counts = not line["set"] and not line["label_noise"], line["counts"]
     alone = line["target"].isdecimal() and line["rate"] == usual(line["attack"])[1]
-    return bool(line["attack"] in STUDY and plain and alone)
+    if not (line["attack"] in STUDY and plain and alone):
+        return False
+    return bool(counts["poison"] <= MOSTLY * counts["target_class_before"])
 
 
 def oracles(study: list[Line]) -> dict[str, float]:
@@ -147,19 +160,21 @@ def summary(cells: list[Line]) -> str:
     return "\n".join(lines)
 
 
-def cost(cells: list[Line]) -> str:
+def cost(kinds: dict[str, list[Line]]) -> str:
     """Wall seconds of what the defense adds, in multiples of the training: median (largest)."""
     stages = {"clustering and rule": ("cluster", "segregate"), "verification": ("verify",)}
     stages |= {"`--recover`": ("recover",)}
-    lines = [f"| data | cells | {' | '.join(stages)} |", "|---" * (2 + len(stages)) + "|"]
-    for data in dict.fromkeys(line["data"] for line in cells):
-        ours = [line for line in cells if line["data"] == data]
-        words = [data, str(len(ours))]
-        for parts in stages.values():
-            took = [sum(line["seconds"].get(part, 0.0) for part in parts) for line in ours]
-            of = [s / line["training_seconds"]["train"] for s, line in zip(took, ours, strict=True)]
-            words.append(f"{number(statistics.median(of), 2)} ({number(max(of), 2)})")
-        lines.append(f"| {' | '.join(words)} |")
+    lines = [f"| data | corpora | cells | {' | '.join(stages)} |", "|---" * (3 + len(stages)) + "|"]
+    for kind, cells in kinds.items():
+        for data in dict.fromkeys(line["data"] for line in cells):
+            ours = [line for line in cells if line["data"] == data]
+            words = [data, kind, str(len(ours))]
+            for parts in stages.values():
+                took = [sum(x["seconds"].get(part, 0.0) for part in parts) for x in ours]
+                base = [x["training_seconds"]["train"] for x in ours]
+                of = [s / t for s, t in zip(took, base, strict=True)]
+                words.append(f"{number(statistics.median(of), 2)} ({number(max(of), 2)})")
+            lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
 
 
@@ -184,7 +199,9 @@ def short(cells: list[Line], oracle: dict[str, float]) -> str:
         if any(missed):
             what = ", ".join(filter(None, missed))
             lines.append(f"- {line['data']} {named(line)} seed {line['seed']}: {what}")
-    return "\n".join(lines) or "None."
+    compared = sum(key_of(line) in oracle for line in cells)
+    lines.append(f"\nRA was compared with an oracle's in {compared} of these {len(cells)} cells.")
+    return "\n".join(lines)
 
 
 def every_attack(lines: list[Line]) -> str:

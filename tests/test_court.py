@@ -21,7 +21,15 @@ from csc_gpu.segregate.court import (
     searched,
 )
 from csc_gpu.segregate.kin import Kin, coherent
-from csc_gpu.segregate.verify import Word, firm_rows, heard, scattered, verify
+from csc_gpu.segregate.verify import (
+    Word,
+    firm_rows,
+    heard,
+    is_doubtful,
+    may_be_unseen,
+    scattered,
+    verify,
+)
 from csc_gpu.types import Clusters, Reclassified, Sighting, Transfer
 from tests.worlds import oracle, world
 
@@ -455,3 +463,22 @@ def test_labels_are_counted_as_perplexity(told, share):
     case = Case(0, poison, poison, True, 1.0, 0.5, {})
     check = Reclassified(poison, np.zeros(9, bool), predicted)
     assert scattered(case, check, labels) == pytest.approx(share)
+
+
+def told_few(contradicted, source=None):
+    """A case of half a label; the check gives so many of its candidates to one other label."""
+    labels = np.repeat(np.arange(6), 40)
+    half = (labels == 0) & (np.cumsum(labels == 0) <= 20)
+    predicted = np.where(half & (np.cumsum(half) <= contradicted), 1, labels)
+    case = Case(0, half, half, False, 0.0, 0.5, {}, source=source)
+    return case, Reclassified(half, np.zeros(len(labels), bool), predicted), labels
+
+
+def test_a_large_part_with_few_labels_may_be_unseen_but_not_if_it_commands_one_label():
+    assert may_be_unseen(*told_few(20))
+    assert not may_be_unseen(*told_few(20, source=1))  # poison of one class has few labels, too
+
+
+def test_a_group_that_the_check_mostly_confirms_is_not_doubted_for_its_few_labels():
+    assert is_doubtful(*told_few(10))
+    assert not is_doubtful(*told_few(9))

@@ -110,6 +110,19 @@ def test_a_core_of_too_few_rows_stays_as_it_is():
     assert not cleaned(there, nobody).rows.any()
 
 
+def test_a_mixed_group_is_measured_by_its_likeliest_rows():
+    class Told(Probe):
+        def __init__(self):
+            pass
+
+        def chance(self, positive):
+            return np.array([0.9, 0.9, 0.2, 0.2, 0.2, 0.3], np.float32)
+
+    group = np.arange(6) < 5
+    assert np.flatnonzero(Told().like(group, 0.3, 0.9)).tolist() == [0, 1]  # more than .45
+    assert np.flatnonzero(Told().like(group, 0.3)).tolist() == [0, 1, 5]  # than .24, half the mean
+
+
 def test_rows_that_have_nothing_in_common_have_no_kin():
     """Every tenth benign row: the probe does not know them again."""
     there = world(poison=0)
