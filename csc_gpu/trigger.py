@@ -2,7 +2,7 @@
 
 The mean image of a group less the mean image of another is the pattern that one has and the other
 has not. Added to images of other labels, a trigger that lies at one place (a patch, a blend, a
-wave) sends them to its target; what makes benign groups of a class differ does so seldom. After the
+wave) sends them to its target; what makes benign groups of a class differ does so seldom. After
 the trigger reconstruction of Neural Cleanse (Wang et al., S&P 2019), but without optimisation: the
 suspects themselves say what the trigger looks like. It is ours, not CSC's.
 """
