@@ -282,6 +282,10 @@ UNTOLD = (
 """Settings of the machine, or groups of them, that may change between two starts of a run."""
 
 
+KEPT = "watch.keep"
+"""What a finished run need not agree in: whether features are kept says nothing of its verdict."""
+
+
 def identity(
     source: str, split: Split, settings: csc.Common, defense: str, seed: int, reserve: str
 ) -> dict[str, Any]:
@@ -349,7 +353,8 @@ def finished(out: Path, about: Mapping[str, Any], settings: csc.Common) -> str:
     was = done.get("asked")
     if not isinstance(was, dict):
         raise ConfigError(f"{out} is finished, but does not tell of which corpus; {remedy}")
-    require_same(was, about, f"the finished run in {out}", remedy, settings)
+    asked = {name: value for name, value in about.items() if name != KEPT}
+    require_same(was, asked, f"the finished run in {out}", remedy, settings)
     return f"{out} is finished: {done['verdict']}\nsummary: {out / 'summary.json'}"
 
 
