@@ -227,7 +227,7 @@ def conclude(
     suspect = verdict.suspect
     log("verdict", suspects=int(suspect.sum()), rows=len(corpus), **verdict.notes)
     with clock("conceal"):
-        concealed = guarded(
+        concealed = with_virtual_class(
             model, corpus, suspect, settings, backend, witness, kept, seed=seed, log=log
         )
     recovered = None
@@ -277,7 +277,7 @@ def judged(
     return verdict
 
 
-def guarded(
+def with_virtual_class(
     model: Net,
     corpus: Corpus,
     suspect: Mask,

@@ -94,12 +94,8 @@ def train(
         run.check_apart(reserve, out)
     is_done = (out / "summary.json").exists() and not run.partial_of(out).exists()
     if resume and is_done and not force:
-        if not backend.ranks.is_first:
-            return ""
-        with Console(silent=quiet) as log:
-            split = data.open_source(source, settings.data, log)
-            about = identity(source, split, settings, defense, seed, reserve)
-        return finished(out, about, settings)
+        asked = source, settings, defense, seed, reserve
+        return finished(out, *asked, quiet=quiet) if backend.ranks.is_first else ""
     how: dict[str, Any] = {"defense": defense, "seed": seed}
     how |= {"settings": settings, "backend": backend}
     if not backend.ranks.is_first:
@@ -346,8 +342,20 @@ def require_same(
         raise ConfigError(f"{what} had {name} {was.get(name)!r}, not {value!r}; {remedy}")
 
 
-def finished(out: Path, about: Mapping[str, Any], settings: csc.Common) -> str:
+def finished(
+    out: Path,
+    source: str,
+    settings: csc.Common,
+    defense: str,
+    seed: int,
+    reserve: str,
+    *,
+    quiet: bool,
+) -> str:
     """What a finished run has found. Raises ConfigError if it was of another corpus, or other."""
+    with Console(silent=quiet) as log:
+        split = data.open_source(source, settings.data, log)
+        about = identity(source, split, settings, defense, seed, reserve)
     done = read_summary(out)
     remedy = "choose another place, or train anew with --force"
     was = done.get("asked")
