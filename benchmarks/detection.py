@@ -3,6 +3,7 @@
     python -m benchmarks.detection train CORPUS --name cifar10-10k --flip --work CELLS
     python -m benchmarks.detection judge --work CELLS
     python -m benchmarks.detection judge --work CELLS --rule again --out AGAIN
+    python -m benchmarks.detection judge --work CELLS --rule "two-stage segregate.coarsest=0.9"
     python -m benchmarks.detection table --rule two-stage
     python -m benchmarks.detection plot --out PICTURES
 
@@ -170,7 +171,14 @@ def command(*words: Any) -> None:
 
 @cli.command()
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where cells lie.")
-@click.option("--rule", "rules", multiple=True, default=(DEFAULT,), show_default=True)
+@click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    default=(DEFAULT,),
+    show_default=True,
+    help="A rule, and after blanks the segregation settings it is tried with; repeat.",
+)
 @click.option("--only", default="", help="Cells whose folder begins so.")
 @click.option("--jobs", default=2, show_default=True, help="Cells at a time, one core each.")
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
@@ -222,17 +230,18 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     from csc_gpu import answers, csc, evaluate, recover, run, sources
     from csc_gpu.backend import open_backend
     from csc_gpu.backend.doctor import describe
-    from csc_gpu.config import override, read_toml
+    from csc_gpu.config import override, parse_change, read_toml
 
     cell = json.loads((place / "cell.json").read_text())
     summary = json.loads((place / "run" / "summary.json").read_text())
     of_run = read_toml(place / "run" / "settings.toml")
     changes = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
-    named_rule, once = rule.removesuffix(ONCE), rule.endswith(ONCE)
-    named_rule = DEFAULT if rule in (AGAIN, RECOVER) else named_rule
+    base, *tried = rule.split()
+    named_rule, once = base.removesuffix(ONCE), base.endswith(ONCE)
+    named_rule = DEFAULT if base in (AGAIN, RECOVER) else named_rule
     changes |= {} if rule in (ORACLE, PLAIN) else {"segregate.rule": named_rule}
     changes |= {"segregate.scales": [AT_ONCE], "segregate.coarsest": AT_ONCE} if once else {}
-    changes |= {"recover.on": rule in (DEFAULT, ORACLE)}
+    changes |= dict(map(parse_change, tried)) | {"recover.on": rule in (DEFAULT, ORACLE)}
     if named_rule in PAPERS:  # they have no caps; ours would free what they flag
         changes |= {"segregate.max_share": 1.0, "segregate.max_label_share": 1.0}
     settings, cpu = override(csc.Settings(), changes), open_backend("cpu", 1)

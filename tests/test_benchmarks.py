@@ -556,6 +556,10 @@ def test_a_cell_trained_and_judged_has_every_figure_of_a_line(tmp_path, monkeypa
     assert rows[0][3] == "1"
     assert "CPU-s" in detection.said(line)
 
+    tried = detection.judge_cell(place, "persistence segregate.persistence=99 segregate.latest=1")
+    assert line["segregation"]["core_rows"] > tried["segregation"]["core_rows"] == 0
+    assert tried["rule"].endswith(" segregate.latest=1") and tried["recovered"] is None
+
     truth = json.loads(json.dumps(detection.judge_cell(place, detection.ORACLE)))
     assert truth["detection"]["counts"]["tpr"] == [144, 144]
     assert truth["detection"]["counts"]["fpr"][0] == 0
