@@ -71,6 +71,7 @@ def cli() -> None:
 @click.option("--attack", "attacks", multiple=True, help="Only these attacks; repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only these seeds; repeat.")
 @click.option("--target", "targets", multiple=True, help="The targets of the seeds, in turn.")
+@click.option("--option", "options", multiple=True, help="A setting of the attack; repeat.")
 @click.option("--rate", type=float, help="Another rate than the usual one.")
 @click.option("--label-noise", default=0.0, help="Share of clean rows with a false label.")
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
@@ -83,6 +84,7 @@ def train(
     attacks: tuple[str, ...],
     seeds: tuple[int, ...],
     targets: tuple[str, ...],
+    options: tuple[str, ...],
     rate: float | None,
     label_noise: float,
     flip: bool,
@@ -104,6 +106,7 @@ def train(
             "label_noise": label_noise,
             "flip": flip,
             "set": list(changed),
+            "options": list(options),
         }
         for number, seed in enumerate(seeds or (0, 1, 2))
         for attack in (attacks or STUDY)
@@ -133,6 +136,7 @@ def train_cell(cell: dict[str, Any], corpus: str, work: Path) -> dict[str, Any]:
     flags = [flag for text in changed for flag in ("--set", text)]
     flags += ["--flip"] if cell["flip"] else []
     noise = ("--label-noise", cell["label_noise"])
+    noise += tuple(word for text in cell.get("options", ()) for word in ("--option", text))
     here = ("--cpu", "--threads", 1, *seed)
     command("poison", corpus, place / "poisoned", *attack, *noise, *here)
     command(
@@ -156,7 +160,14 @@ def folder(cell: dict[str, Any], work: Path) -> Path:
     said += [f"noise_{cell['label_noise']}"] if cell["label_noise"] else []
     said += ["flip"] if cell["flip"] else []
     words = ["".join(c if c.isalnum() or c == "." else "_" for c in str(w)) for w in said]
-    return work / "-".join([*words, *("".join(filter(str.isalnum, s)) for s in cell["set"])])
+    said = [*cell["set"], *map(told, cell.get("options", ()))]
+    return work / "-".join([*words, *("".join(filter(str.isalnum, s)) for s in said)])
+
+
+def told(option: str) -> str:
+    """A setting of an attack, a picture by its name alone."""
+    name, _, value = option.partition("=")
+    return f"{name}={Path(value).name}"
 
 
 def command(*words: Any) -> None:
@@ -376,7 +387,7 @@ def clean_net(place: Path, cell: dict[str, Any], corpus: Any) -> Any:
     from csc_gpu.run import load_model
 
     alike = {**cell, "attack": "none", "rate": usual("none")[1], "rate_of": usual("none")[0]}
-    alike["label_noise"] = 0.0
+    alike |= {"label_noise": 0.0, "options": []}
     there = folder(alike, place.parent) / "run"
     if not (there / "summary.json").exists():
         return None
@@ -417,7 +428,7 @@ def of_target(counts: dict[str, list[int]]) -> float | None:
 def key_of(cell: dict[str, Any]) -> str:
     """What tells a cell from every other, whatever the rule."""
     names = ("data", "attack", "rate", "rate_of", "target", "seed", "label_noise", "flip", "set")
-    return json.dumps([cell[name] for name in names])
+    return json.dumps([*(cell[name] for name in names), *cell.get("options", ())])
 
 
 def said(line: dict[str, Any]) -> str:
@@ -522,7 +533,7 @@ def named(row: dict[str, Any]) -> str:
         words.append(f"{row['rate']:g}" + (" of target" if "target" in row["rate_of"] else ""))
     words += [f"to {row['target']}"] if not row["target"].isdecimal() else []
     words += [f"+ {row['label_noise']:g} label noise"] if row["label_noise"] else []
-    return " ".join([*words, *row["set"]])
+    return " ".join([*words, *map(told, row.get("options", ())), *row["set"]])
 
 
 def spread(values: list[float | None], digits: int = 3) -> str:

@@ -214,7 +214,8 @@ def every_attack(lines: list[Line]) -> str:
     for same in alike([line for line in lines if line["rule"] == PLAIN]):
         held = [line for line in same if line["before"]["asr"] >= HOLDS]
         done = [defended[key_of(line)] for line in held if key_of(line) in defended]
-        words = [same[0]["data"], named(same[0]), str(len(same)), *shown(same, names)]
+        n = f"{len(same)}, {len(held)} take" if 0 < len(held) < len(same) else str(len(same))
+        words = [same[0]["data"], named(same[0]), n, *shown(same, names)]
         words += [str(len(done)) if held else "did not take hold", *shown(done, ours)]
         rows.append(f"| {' | '.join(words)} |")
     return "\n".join(rows)

@@ -46,6 +46,8 @@ def poison(
     run.check_apart(source, out)
     if preview is not None and (preview.suffix.lower() != ".png" or preview.is_dir()):
         raise OutputError(f"--preview draws a PNG: {preview} must be a file that ends in .png")
+    if preview is not None and not preview.parent.is_dir():
+        raise OutputError(f"cannot write {preview}: there is no folder {preview.parent}; make it")
     backend = machine() if attacks.ATTACKS[plan.attack].learns(settings) else None
     with Console() as log:
         split = sources.load(source, data.Settings(size=size), skip_broken=skip_broken, log=log)

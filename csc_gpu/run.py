@@ -222,7 +222,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 def _is_about(fault: OSError, place: Path) -> bool:
     """Whether the fault lies in writing here, not in something that was read."""
-    return fault.errno in NO_ROOM or str(fault.filename or "").startswith(str(place))
+    if fault.errno in NO_ROOM:
+        return True
+    named = fault.filename
+    return isinstance(named, str | Path) and Path(named).resolve().is_relative_to(place)
 
 
 def check_free(out: Path, kind: Kind, *, force: bool) -> None:

@@ -531,6 +531,10 @@ def test_baat_gives_images_the_styles_mean_by_an_edit_of_their_own():
     faint[:, ::2] = 102  # a deviation of 1 grows to 3, not to 40
     edited = baat.stamp(faint, baat.Settings(strength=1.0), rng()).astype(float)
     assert (edited @ [0.299, 0.587, 0.114]).std() == pytest.approx(3, abs=0.5)
+    whole, half = (baat.stamp(images, baat.Settings(strength=s), rng()) for s in (1.0, 0.5))
+    change = whole.astype(float) - images
+    inside = (whole > 0) & (whole < 255)  # what is not clipped
+    assert np.abs(half.astype(float) - images - change / 2)[inside].max() <= 1
     assert not np.ptp(baat.stamp(flat(40), baat.Settings(), rng()), axis=(1, 2)).any()
 
 

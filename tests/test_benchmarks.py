@@ -388,6 +388,7 @@ OTHER_CELLS = [
     {"target": "0,3"},
     {"target": "0,7"},
     {"target": "all"},
+    {"options": ["picture=there/cat.png"]},
     {"set": ["train.epochs=2"]},
     {"set": ["train.epochs=2", "train.batch=32"]},
 ]

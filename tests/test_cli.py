@@ -561,12 +561,16 @@ def test_settings_are_toml_that_config_takes(tmp_path):
     assert done.exit_code == 0, done.output
 
 
-def test_a_preview_is_drawn_of_what_was_poisoned_and_refused_early_where_it_cannot(tmp_path):
+def test_a_preview_is_drawn_of_what_was_poisoned_and_refused_early_where_it_cannot(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     words = ("poison", "digits", tmp_path / "p", "--attack", "badnets", "--rate", 0.1)
     (tmp_path / "folder.png").mkdir()
     for place in ("sheet.xyz", "sheet", "folder.png"):
         assert_refused(call(*words, "--preview", tmp_path / place), "--preview", place, ".png")
     assert_refused(call(*words, "--preview", tmp_path / "no" / "sheet.png"), "cannot write")
+    assert_refused(call(*words, "--preview", "no/sheet.png"), "cannot write no/sheet.png")
     refused = (*words[:-1], 0.95, "--preview", tmp_path / "sheet.png")
     assert_refused(call(*refused), "only")
     assert not (tmp_path / "sheet.png").exists() and not (tmp_path / "p").exists()

@@ -415,6 +415,30 @@ def test_a_view_may_hold_rows_in_any_order(tmp_path: Path) -> None:
     assert key.given_labels.tolist() == GIVEN[rows].tolist()
 
 
+def test_empty_arrays_and_floats_of_16_bits_are_read(
+    tmp_path: Path,
+) -> None:
+    torch.save({"none": np.array([], np.int64), "some": np.zeros(3)}, tmp_path / "arrays")
+    found = torch_files.load(tmp_path / "arrays")
+    assert found["none"].shape == (0,) and found["none"].dtype == np.int64
+    assert found["some"].tolist() == [0, 0, 0]
+    source, clean = write_toolbox(tmp_path / "set"), write_clean(tmp_path / "clean")
+    images = torch.from_numpy(TRAIN.transpose(0, 3, 1, 2) >= 128).to(torch.bfloat16)
+    torch.save(images, source / "imgs")
+    done("import", source, tmp_path / "out", "--from", "backdoor-toolbox", "--clean", clean)
+    assert (read_all(tmp_path / "out") == np.where(TRAIN >= 128, 255, 0)[order()]).all()
+
+
+def test_a_pickle_gets_no_bytes_but_empty_ones(tmp_path: Path) -> None:
+    class Large:
+        def __reduce__(self) -> Any:
+            return bytes, (10,)
+
+    torch.save(Large(), tmp_path / "it")
+    with pytest.raises(CorpusError, match=r"is no file of torch\.save, or is damaged|is refused"):
+        torch_files.load(tmp_path / "it")
+
+
 def test_a_record_written_under_numpy_1_is_read(tmp_path: Path) -> None:
     source, clean = write_bench(tmp_path / "run"), write_clean(tmp_path / "clean")
     path = source / "attack_result.pt"
@@ -635,6 +659,10 @@ def gone(name: str) -> Spoil:
     return lambda folder: (folder / name).unlink()
 
 
+def pipe(name: str) -> Spoil:
+    return lambda folder: os.mkfifo(folder / name)
+
+
 def quantised_labels(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, but files of it are about
@@ -671,6 +699,13 @@ FLOATS, GRID = torch.zeros(N, 3, SIDE, SIDE), torch.zeros(1, SIDE, SIDE, 2)
         (saved("poison_indices", {"rows": 1}), "poison_indices must be whole numbers"),
         (saved("poison_indices", [2**70]), "poison_indices must be whole numbers"),
         (saved("poison_indices", [True, False]), "poison_indices must be whole numbers"),
+        (
+            saved("labels", torch.zeros(1, dtype=torch.int64).expand(10**12)),
+            r"labels claims \(1000000000000,\), more than the file holds",
+        ),
+        (saved("imgs", FLOATS[:1, :1, :1, :1].clone().expand(N, 3, 60_000, 60_000)), "imgs claims"),
+        (both(gone("labels"), pipe("labels")), "labels is not a regular file"),
+        (both(gone("cover_indices"), pipe("cover_indices")), "cover_indices is not a regular file"),
         (saved("cover_indices", [0, 2]), "row 2 is both poison and cover"),
         (saved("noise_grid", torch.zeros(3)), "noise_grid must be a tensor"),
         (saved("noise_grid", GRID.long()), "noise_grid must be a tensor of finite floats"),

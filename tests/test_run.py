@@ -39,6 +39,7 @@ from csc_gpu.run import (
     save_suspects,
     write_json,
     write_text,
+    writing,
 )
 from csc_gpu.types import Corpus, Reclassified, Segregation, Transfer
 from tests.worlds import oracle, world
@@ -200,6 +201,16 @@ def test_a_fault_in_reading_is_not_taken_for_one_in_writing(tmp_path: Path):
     gone = OSError(errno.ENOENT, "No such file or directory", "/photos/cat.jpg")
     with pytest.raises(FileNotFoundError):
         stopped(tmp_path / "run", by=gone)
+    (tmp_path / "ab").mkdir()
+    with pytest.raises(FileNotFoundError), writing(tmp_path / "a" / "out.png"):
+        (tmp_path / "ab" / "photo.png").read_bytes()
+
+
+def test_a_relative_path_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: Any):
+    monkeypatch.chdir(tmp_path)
+    out = Path("no/out.png")
+    with pytest.raises(OutputError, match=r"cannot write no/out\.png"), writing(out):
+        out.write_bytes(b"")
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -52,11 +52,16 @@ def plain_array(values: Any, what: str, wanted: str) -> NDArray[Any]:
     """A list, array or tensor as an array; a tensor's memory is shared, not copied.
 
     Raises CorpusError, `what` must be `wanted`, for anything else that a file may hold: ragged
-    lists, tensors that are sparse, quantised, on no device, or in a list and part of a graph.
+    lists, tensors that are sparse, quantised, on no device, or in a list and part of a graph; and
+    for a tensor that repeats its few numbers so as to seem larger than the file.
     """
     try:
         if isinstance(values, torch.Tensor):
-            values = values.detach().numpy()
+            if values.nbytes > values.untyped_storage().nbytes():
+                raise CorpusError(f"{what} claims {tuple(values.shape)}, more than the file holds")
+            values = values.detach()
+            values = values.float() if values.dtype == torch.bfloat16 else values
+            values = values.numpy()
         if isinstance(values, np.ndarray | list | tuple):
             return np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as fault:

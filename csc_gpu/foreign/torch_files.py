@@ -18,10 +18,17 @@ import torch
 
 from csc_gpu.errors import CorpusError
 
+
+def _no_bytes() -> bytes:
+    """What an empty array is made of; bytes itself would make as many as a file asks for."""
+    return b""
+
+
 _REBUILD, _SCALAR = np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]
 ALLOWED: list[Any] = [
     *((_REBUILD, f"numpy.{core}.multiarray._reconstruct") for core in ("_core", "core")),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("_core", "core")),
+    *((_no_bytes, f"{module}.bytes") for module in ("builtins", "__builtin__")),
     np.ndarray,
     np.dtype,
     type(np.dtype("float64")),
@@ -36,6 +43,8 @@ def load(path: Path) -> Any:
 
     Raises CorpusError for a file that is missing, damaged, or would run code.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise CorpusError(f"{path} is not a regular file")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
             warnings.simplefilter("ignore")  # torch's advice is not for who got a strange file
