@@ -14,9 +14,11 @@ from csc_gpu.defenses import confusion, ct
 from csc_gpu.defenses.course import Course
 from csc_gpu.defenses.streams import Stream
 from csc_gpu.errors import ConfigError
+from csc_gpu.train import cross_entropy
 from csc_gpu.types import DefenderView
 from tests.fake_gpu import fake_gpu
-from tests.test_defenses import clean
+from tests.test_defenses import clean, ran
+from tests.test_gpu_backend import digits
 from tests.test_train import corpus
 from tests.worlds import World, world
 
@@ -118,7 +120,7 @@ class Sure(torch.nn.Module):
         return functional.one_hot(torch.full((len(images),), 2), 4).float()
 
 
-def test_a_clean_image_never_gets_the_label_that_the_base_gives_it():
+def test_a_clean_image_never_gets_the_label_that_the_undefended_net_gives_it():
     seen: list[torch.Tensor] = []
 
     def forward(images: torch.Tensor) -> torch.Tensor:
@@ -136,6 +138,20 @@ def test_a_clean_image_never_gets_the_label_that_the_base_gives_it():
         assert (asked == asked[0]).all()
         wrong.add(int(asked[0]))
     assert wrong == {0, 1, 3}
+
+
+def test_every_round_asks_the_undefended_net_and_not_its_own(monkeypatch):
+    asked = []
+
+    def confusion_of(net, *rest, **how):
+        asked.append(net)
+        return cross_entropy
+
+    monkeypatch.setattr(confusion, "confusion", confusion_of)
+    outcome = ran("ct", digits()[0])
+    assert len(asked) == 2 and all(net is outcome.undefended for net in asked)
+    assert not outcome.undefended.training
+    assert {"train", "fit-0", "confuse-0", "fit-1", "confuse-1"} <= set(outcome.seconds)
 
 
 def test_distilled_rows_join_every_second_step_with_one_part_in_twenty():

@@ -1,4 +1,4 @@
-"""DBD: its losses against direct computations, its views, and MixMatch by hand."""
+"""DBD: its losses against direct computations, what it contrasts, and MixMatch by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from csc_gpu.backend import Batch, open_backend
 from csc_gpu.config import override
-from csc_gpu.defenses import dbd
+from csc_gpu.defenses import dbd, views
 from csc_gpu.defenses.course import Course
 from csc_gpu.models import new_model
 from csc_gpu.train import Budget
@@ -58,28 +58,17 @@ def test_symmetric_cross_entropy_is_as_written():
         assert got == pytest.approx(wanted, rel=1e-4)
 
 
-def test_a_view_is_a_part_of_its_own_image_and_drawn_anew_for_each():
-    plain = torch.linspace(-2, 2, 3 * 16 * 16).reshape(1, 3, 16, 16).expand(64, -1, -1, -1)
-    seen = dbd.a_view(plain, 0.2, dice())
-    assert seen.shape == plain.shape and seen.isfinite().all()
-    assert seen.min() >= -2.001 and seen.max() <= 2.001
-    assert len(torch.unique(seen.flatten(1), dim=0)) == 64
-    assert torch.equal(seen, dbd.a_view(plain, 0.2, dice()))
-    grey = (seen - seen[:, :1]).abs().amax((1, 2, 3)) < 1e-5
-    assert 0.05 < grey.float().mean() < 0.4
+def test_the_contrast_is_of_two_views_of_each_image():
+    batch, shown = next(CPU.batches(corpus(), 6)), []
 
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        shown.append(images)
+        return functional.normalize(images.flatten(1), dim=1)
 
-def test_a_view_of_half_the_area_shows_half_the_area(monkeypatch):
-    for name in ("JITTERED", "GREY"):
-        monkeypatch.setattr(dbd, name, 0.0)
-    monkeypatch.setattr(dbd, "STRETCH", 1.0)
-    slope = torch.linspace(-1, 1, 64).expand(200, 3, 64, 64)  # left to right
-    seen = dbd.a_view(slope, 0.25, dice())[:, 0]
-    area = (seen[:, 0].amax(1) - seen[:, 0].amin(1)).square() / 4
-    assert 0.2 < area.min() < 0.35 and 0.9 < area.max() < 1.01
-    assert area.mean().item() == pytest.approx(0.6, abs=0.06)
-    mirrored = (seen[:, 0, 0] > seen[:, 0, -1]).float().mean().item()
-    assert mirrored == pytest.approx(0.5, abs=0.12)
+    seen = views.seeing(views.Views(), 0, flip=False)
+    loss = dbd.contrast(seen, dbd.Decoupling())(forward, batch, 3)
+    torch.testing.assert_close(shown[0], torch.cat([seen(batch, 3, 1), seen(batch, 3, 2)]))
+    torch.testing.assert_close(loss, dbd.nt_xent(forward(shown[0]), 0.5))
 
 
 def test_the_rate_falls_from_one_to_nothing_and_is_half_in_the_middle():

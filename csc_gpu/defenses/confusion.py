@@ -1,4 +1,4 @@
-"""A round of Confusion Training (ct.py): go on fitting the distilled rows, then confuse the net.
+"""A round of Confusion Training (ct.py): go on fitting the distilled rows, then confuse a copy.
 
 The numbers are those of the authors' code for CIFAR-10. Of other make here: momentum with
 Nesterov's correction, and whole passes over the reserve.
@@ -105,9 +105,17 @@ def fit(base: Net, rows: NDArray[np.int64], course: Course, chosen: Confusion, n
 
 
 def confuse(
-    base: Net, rows: NDArray[np.int64], course: Course, chosen: Confusion, number: int
+    base: Net,
+    undefended: Net,
+    rows: NDArray[np.int64],
+    course: Course,
+    chosen: Confusion,
+    number: int,
 ) -> Net:
-    """A copy of the base, trained on wrong labels of clean images and on the distilled rows."""
+    """A copy of the base, trained on wrong labels of clean images and on the distilled rows.
+
+    Wrong is what the undefended net does not say: the base has learnt no more than distilled rows.
+    """
     model, again = copy.deepcopy(base), number + len(chosen.epochs)
     seed = (course.seed, again)
     stream = Stream(course.corpus, chosen.batch, course.backend, seed=seed, rows=rows)
@@ -115,7 +123,7 @@ def confuse(
     labels = course.corpus.labels[rows]
     weights = even if number == len(chosen.kept) else evened(labels, len(even), chosen.evening)
     objective = confusion(
-        base.requires_grad_(False).eval(),
+        undefended.eval(),
         stream,
         torch.from_numpy(weights).float().to(course.backend.device),
         weight=chosen.weight[number],
@@ -132,7 +140,6 @@ def confuse(
         momentum=chosen.momentum,
         **common(chosen) | {"min_steps": chosen.iterations[number]},
     )
-    base.requires_grad_(True)
     return model
 
 
@@ -143,14 +150,15 @@ def common(chosen: Confusion) -> dict[str, Any]:
 
 
 def confusion(
-    base: Net, stream: Stream, weights: torch.Tensor, *, weight: float, every: int
+    undefended: Net, stream: Stream, weights: torch.Tensor, *, weight: float, every: int
 ) -> Objective:
-    """Clean images get a label that the base would not give; every so often distilled rows join."""
-    n_classes = base.n_outputs
+    """Clean images get a label that the undefended net would not give; every so often distilled
+    rows join."""
+    n_classes = undefended.n_outputs
 
     def objective(forward: Forward, batch: Batch, step: int) -> torch.Tensor:
         with torch.no_grad():
-            right = base(batch.images).argmax(1)
+            right = undefended(batch.images).argmax(1)
         wrong = (right + 1 + (step - 1) % (n_classes - 1)) % n_classes
         if (step - 1) % every:
             return functional.cross_entropy(forward(batch.images), wrong)

@@ -1,14 +1,17 @@
 """Confusion Training (Qi, Xie, Wang, Mittal, Wu, Mahloujifar, USENIX Security 2023, 2205.13616).
 
 A net is trained on clean images with wrong labels and, less often, on suspect rows with the labels
-they came with. It unlearns what clean images look like; a trigger, which no wrong label ever
-contradicts, stays. So the rows that the confused net still fits are distilled, ever fewer, round
-after round. In the end a class is told poisoned if two Gaussians, one of the rows that are fitted
-and one of the others, say its features better than one alone; its fitted rows are removed.
+they came with. Wrong is any label but that which the undefended net gives, trained as every defense
+begins, in all rounds the same. It unlearns what clean images look like; a trigger, which no wrong
+label ever contradicts, stays. So the rows that the confused net still fits are distilled, ever
+fewer, round after round. In the end a class is told poisoned if two Gaussians, one of the rows that
+are fitted and one of the others, say its features better than one alone; its fitted rows are
+removed.
 
 The numbers are those of the authors' code for CIFAR-10. Of other make here: the exact principal
-axes of a class for a random sketch; the ridge on the diagonal of a covariance alone; the last
-training is that of every defense; and what confusion.py says.
+axes of a class for a random sketch; the ridge on the diagonal of a covariance alone; the first and
+the last training are those of every defense, and without suspects there is no last; and what
+confusion.py says.
 """
 
 from __future__ import annotations
@@ -42,10 +45,12 @@ class Settings(csc.Common):
 def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any) -> Outcome:
     """Distil the poison by confusion, test every class, train on what is left."""
     course, chosen = Course(view, settings, backend, **how), settings.ct
+    _ = course.reserve  # before an hour is spent
+    model = course.trained()
     rows, base = np.arange(len(view.train)), course.fresh()
     for number in range(len(chosen.kept) + 1):
         fit(base, rows, course, chosen, number)
-        confused = confuse(base, rows, course, chosen, number)
+        confused = confuse(base, model, rows, course, chosen, number)
         points = course.features(confused)
         told, losses = course.judged(confused, points)
         if number < len(chosen.kept):
@@ -53,7 +58,7 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
             rows = distilled(losses, view.train.labels, share, least)
     with course.clock("judge"):
         found = judge(points, view.train.labels, told, losses, settings, backend)
-    return course.outcome(course.retrained(found.suspect), None, found)
+    return course.filtered(model, found)
 
 
 def distilled(

@@ -13,7 +13,6 @@ themselves. The last epoch of the head is kept, not that which does best on test
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,13 +27,10 @@ from csc_gpu.backend.ranks import Forward
 from csc_gpu.config import require
 from csc_gpu.defenses.course import Course
 from csc_gpu.defenses.sensitivity import Sensitivity, tell_apart
-from csc_gpu.defenses.views import Views, view
+from csc_gpu.defenses.views import Seen, Views, seeing
 from csc_gpu.models import Net
 from csc_gpu.train import Budget, Method, Objective, Rate, constant
 from csc_gpu.types import DefenderView, Outcome
-
-Seen = Callable[[Batch, int, int], torch.Tensor]
-"""(batch, step, which) -> a view of each of its images. (B, 3, H, W)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +105,7 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
     net = course.fresh(4)
     both: dict[str, Any] = {"batch": chosen.batch, "momentum": chosen.momentum, "min_steps": 0}
     plain = {**both, "shift": 0.0, "flip": False}  # the views are the augmentation
-    seen = seeing(settings, course.seed)
+    seen = seeing(settings.views, course.seed, flip=settings.train.flip)
     clean, poison = (
         torch.from_numpy(rows).to(backend.device) for rows in (parted.clean, parted.poison)
     )
@@ -137,17 +133,6 @@ def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any)
     )
     net.features.requires_grad_(True)
     return course.outcome(net, None, parted.verdict("d-st"))
-
-
-def seeing(settings: Settings, seed: int) -> Seen:
-    """Views drawn from the seed, the step and which of them it is."""
-
-    def seen(batch: Batch, step: int, which: int) -> torch.Tensor:
-        start = np.random.SeedSequence((seed, step, which)).generate_state(1)[0]
-        chance = torch.Generator().manual_seed(int(start))
-        return view(batch.images, settings.views, chance, flip=settings.train.flip)
-
-    return seen
 
 
 def contrast(clean: torch.Tensor, seen: Seen, chosen: Contrast) -> Objective:

@@ -6,10 +6,9 @@ half of the rows with the lowest loss is credible. 3. MixMatch trains the whole 
 of that half, and without those of the others: these are the suspects of its verdict, half of all
 rows whatever the poison, so its scores tell more than its flags.
 
-Published settings. What differs: a view of an image is cropped, mirrored, and changed in
-brightness, contrast and saturation or to grey, but neither in hue nor blurred; rows are parted
-once, as in the paper, not before every epoch, as in its code; MixMatch sees all mixed images as one
-batch.
+Published settings. What differs: views of an image are those of D-ST (views.py), not blurred, and
+mirrored where the run mirrors images (train.flip), not always; rows are parted once, as in the
+paper, not before every epoch, as in its code; MixMatch sees all mixed images as one batch.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from csc_gpu.backend import Augment, Backend, Batch
 from csc_gpu.backend.ranks import Forward
 from csc_gpu.config import require
 from csc_gpu.defenses.course import Course, verdict
+from csc_gpu.defenses.views import Seen, Views, seeing
 from csc_gpu.features import BATCH
 from csc_gpu.models import Net
 from csc_gpu.train import Budget, Method, Objective, constant
@@ -39,13 +39,6 @@ PROJECTION = 128
 """Dimensions in which SimCLR compares views."""
 NEVER = 1e-4
 """What symmetric cross-entropy takes for a probability of zero."""
-STRETCH = 4 / 3
-"""Widest crop, and narrowest, against a square."""
-JITTERED, GREY = 0.8, 0.2
-"""Share of the views whose colours change, and of those that lose them."""
-JITTER = 0.4
-"""Largest change of brightness, contrast and saturation."""
-LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +53,6 @@ class Decoupling:
     """Its first learning rate, falling to zero as a cosine."""
     self_temperature: float = 0.5
     """By which likeness of views is divided."""
-    least_crop: float = 0.2
-    """Smallest part of an image that a view shows."""
     head_epochs: int = 10
     """Passes of the head alone."""
     head_batch: int = 128
@@ -96,31 +87,32 @@ class Decoupling:
         require(self, "dbd", "above 0", lambda value: 0 < value < math.inf, *rates)
         weights = ("alpha", "beta", "unlabelled")
         require(self, "dbd", "0 or more", lambda value: 0 <= value < math.inf, *weights)
-        require(self, "dbd", "in (0, 1]", lambda share: 0 < share <= 1, "least_crop")
         require(self, "dbd", "in (0, 1)", lambda share: 0 < share < 1, "credible")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(csc.Common):
-    """Common settings, and those of the three trainings."""
+    """Common settings, those of the three trainings, and the views of the first."""
 
     dbd: Decoupling = field(default_factory=Decoupling)
+    views: Views = field(default_factory=Views)
 
 
 def defend(view: DefenderView, settings: Settings, backend: Backend, **how: Any) -> Outcome:
     """Learn images without labels, then whom to believe, then from those."""
     course = Course(view, settings, backend, **how)
     chosen, net = settings.dbd, course.fresh()
+    seen = seeing(settings.views, course.seed, flip=settings.train.flip)
     course.train(
         Projected(net, course.seed).to(backend.device),
         "simclr",
-        method=Method(objective=contrast(chosen, course), rate=cosine),
+        method=Method(objective=contrast(seen, chosen), rate=cosine),
         epochs=chosen.self_epochs,
         batch=chosen.self_batch,
         lr=chosen.self_lr,
         weight_decay=1e-4,
         min_steps=0,
-        shift=0.0,
+        shift=0.0,  # the views are the augmentation
         flip=False,
     )
     adam = partial(torch.optim.Adam, lr=chosen.lr)
@@ -188,12 +180,11 @@ def cosine(step: int, budget: Budget) -> float:
     return (1 + math.cos(math.pi * (step - 1) / budget.steps)) / 2
 
 
-def contrast(settings: Decoupling, course: Course) -> Objective:
+def contrast(seen: Seen, settings: Decoupling) -> Objective:
     """SimCLR: of all views in the batch, which shows the same image?"""
 
     def objective(forward: Forward, batch: Batch, step: int) -> Tensor:
-        dice = torch.Generator(batch.images.device).manual_seed(course.seed_at(step))
-        shown = [a_view(batch.images, settings.least_crop, dice) for _ in range(2)]
+        shown = [seen(batch, step, which) for which in (1, 2)]
         return nt_xent(forward(torch.cat(shown)), settings.self_temperature)
 
     return objective
@@ -204,41 +195,6 @@ def nt_xent(points: Tensor, temperature: float) -> Tensor:
     likeness = (points @ points.T / temperature).fill_diagonal_(-math.inf)
     partner = torch.arange(len(points), device=points.device).roll(len(points) // 2)
     return functional.cross_entropy(likeness, partner)
-
-
-def a_view(images: Tensor, least: float, dice: torch.Generator) -> Tensor:
-    """A random part of each image at full size, perhaps mirrored, in other colours. (B, 3, H, W)"""
-    drawn = torch.rand(10, len(images), 1, generator=dice, device=images.device)
-    area, ratio, right, down, mirrored, changed, grey = drawn[:7]
-    side = (least + (1 - least) * area).sqrt()
-    stretch = STRETCH ** (ratio - 0.5)  # the root of width / height
-    wide, high = (side * stretch).clamp(max=1), (side / stretch).clamp(max=1)
-    none = torch.zeros_like(wide)
-    across = torch.where(mirrored < 0.5, -wide, wide)
-    grid = functional.affine_grid(
-        torch.stack(
-            [
-                torch.cat([across, none, (2 * right - 1) * (1 - wide)], 1),
-                torch.cat([none, high, (2 * down - 1) * (1 - high)], 1),
-            ],
-            1,
-        ),
-        list(images.shape),
-        align_corners=False,
-    )
-    cut = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    colours = cut / 4 + 0.5  # 0..1
-    luma = torch.tensor(LUMA, device=images.device)[:, None, None]
-    bright, sharp, rich = (1 + JITTER * (2 * drawn[7:, :, :, None, None] - 1)).unbind(0)
-    jittered = (colours * bright).clamp(0, 1)
-    mean = (jittered * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    jittered = ((jittered - mean) * sharp + mean).clamp(0, 1)
-    tone = (jittered * luma).sum(1, keepdim=True)
-    jittered = ((jittered - tone) * rich + tone).clamp(0, 1)
-    colours = torch.where(changed[:, :, None, None] < JITTERED, jittered, colours)
-    tone = (colours * luma).sum(1, keepdim=True).expand_as(colours)
-    colours = torch.where(grey[:, :, None, None] < GREY, tone, colours)
-    return ((colours - 0.5) * 4).contiguous(memory_format=torch.channels_last)
 
 
 # --- 2. whom to believe ---------------------------------------------------------------------------

@@ -9,11 +9,14 @@ drawn before their size is fitted; colours change in that order, hue by a rotati
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional
 
+from csc_gpu.backend import Batch
 from csc_gpu.config import require
 
 GREY = (0.299, 0.587, 0.114)
@@ -43,6 +46,21 @@ class Views:
         require(self, "views", "1 or more", lambda value: 1 <= value < math.inf, "stretch")
         shares = ("jittered", "jitter", "hue", "grey")
         require(self, "views", "in [0, 1]", lambda share: 0 <= share <= 1, *shares)
+
+
+Seen = Callable[[Batch, int, int], torch.Tensor]
+"""(batch, step, which) -> a view of each of its images. (B, 3, H, W)"""
+
+
+def seeing(how: Views, seed: int, *, flip: bool) -> Seen:
+    """Views drawn from the seed, the step and which of them it is."""
+
+    def seen(batch: Batch, step: int, which: int) -> torch.Tensor:
+        start = np.random.SeedSequence((seed, step, which)).generate_state(1)[0]
+        chance = torch.Generator().manual_seed(int(start))
+        return view(batch.images, how, chance, flip=flip)
+
+    return seen
 
 
 def view(images: torch.Tensor, how: Views, chance: torch.Generator, *, flip: bool) -> torch.Tensor:
