@@ -201,9 +201,14 @@ def test_where_no_other_label_can_be_asked_the_lowest_limit_holds():
     assert searched(Table(y0=[]))[1] == {0: 0.5}
 
 
-def narrow(*most):
-    """What commands one other label most, of labels 0, 1, ..."""
-    return {y: Narrow(NOBODY, NOBODY, 9, share) for y, share in enumerate(most)}
+def narrow(*most, kind="core"):
+    """What commands one other label, of labels 0, 1, ..."""
+    return {y: [Narrow(NOBODY, NOBODY, 9, share, kind)] for y, share in enumerate(most)}
+
+
+def distance(narrow):
+    """Nothing lies apart."""
+    return 5.9
 
 
 @pytest.mark.parametrize(
@@ -217,24 +222,47 @@ def narrow(*most):
     ],
 )
 def test_one_label_is_commanded_if_that_is_sure_and_beyond_the_usual(most, found):
-    assert bool(narrow_trigger(narrow(*most), 0)) == found
-    assert narrow_trigger(narrow(*most), 9) is None  # a label that was not asked
+    assert bool(narrow_trigger(narrow(*most), 0, distance)) == found
+    assert narrow_trigger(narrow(*most), 9, distance) is None  # a label that was not asked
 
 
-def test_of_all_groups_of_a_label_those_are_noted_that_command_one_label_most():
+@pytest.mark.parametrize(
+    ("kind", "most", "deviations", "found"),
+    [
+        ("halves", 0.8, 6.0, True),
+        ("halves", 0.8, 5.9, False),
+        ("halves", 0.79, 20.0, False),  # rows with a false label lie apart, and command nothing
+        ("strays", 1.0, 20.0, False),  # a mixture
+    ],
+)
+def test_where_every_label_is_commanded_halves_that_lie_apart_are_found(
+    kind, most, deviations, found
+):
+    others = narrow(most, 1.0, 1.0, 1.0, kind=kind)
+    assert bool(narrow_trigger(others, 0, lambda narrow: deviations)) == found
+
+
+def test_of_groups_that_command_one_label_the_one_that_does_most_is_taken():
+    weak, strong = (Narrow(NOBODY, NOBODY, 9, most, "halves") for most in (0.8, 0.9))
+    for usual in (0.1, 1.0):
+        asked = {0: [weak, strong], **{y: [Narrow(NOBODY, NOBODY, 9, usual)] for y in (1, 2, 3)}}
+        assert narrow_trigger(asked, 0, lambda narrow: 9.0) is strong
+
+
+def test_groups_of_a_label_are_noted_with_the_one_label_that_they_command():
     judges, witness = court()
     asked = ((0.5, 1, (0, 9)), (0.9, 3, (0, 50)), (0.9, 2, (0, 30)), (1.0, 5, (0, 51)))
     for share, source, (a, b) in asked:  # the last is most of the label
         witness.transfers = lambda group, rest, label, told=(share, source): Transfer(
             label, "", 0.1, told[1], told[0]
         )
-        assert judges.between(0, rows(a, b), rows(b, 100)) == 0.1
+        assert judges.between("halves", 0, rows(a, b), rows(b, 100)) == 0.1
     witness.transfers = lambda group, rest, label: Transfer(label, "", 0.1)  # too few of each
-    judges.between(4, rows(100, 120), rows(120, 200))
+    judges.between("halves", 4, rows(100, 120), rows(120, 200))
     assert judges.narrow.keys() == {0}
-    found = judges.narrow[0]
-    assert (found.source, found.most) == (3, 0.9)
-    assert_rows(found, rows(0, 50), rows(50, 100))
+    noted = [(found.source, found.most, found.kind) for found in judges.narrow[0]]
+    assert noted == [(1, 0.5, "halves"), (3, 0.9, "halves"), (2, 0.9, "halves")]
+    assert_rows(judges.narrow[0][1], rows(0, 50), rows(50, 100))
 
 
 # ----------------------------------------------------------------------- what is held for poison

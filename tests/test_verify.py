@@ -11,7 +11,7 @@ import pytest
 from csc_gpu.backend import open_backend
 from csc_gpu.segregate import Settings, capped, observe, segregate
 from csc_gpu.segregate.court import Case, Court, Group
-from csc_gpu.segregate.kin import halves
+from csc_gpu.segregate.kin import apart, halves
 from csc_gpu.segregate.verify import judge, suspected_labels, verify, wrong_on
 from csc_gpu.types import Reclassified, Transfer
 from tests.worlds import Oracle, oracle, world
@@ -413,11 +413,12 @@ class OneLabel(Oracle):
 
 @pytest.mark.parametrize(
     ("usual", "of_source", "found"),
-    [(0.0, 1.0, True), (0.0, 0.3, True), (0.0, 0.1, False), (0.7, 1.0, False)],
+    [(0.0, 1.0, True), (0.0, 0.3, True), (0.0, 0.1, False), (0.7, 1.0, True)],
 )
 def test_a_trigger_for_the_images_of_one_label_is_found_if_the_check_gives_rows_that_label(
     usual, of_source, found
 ):
+    """Where it is usual to command a label the poison is one of two halves that lie apart."""
     there = world()
     poison = np.flatnonzero(there.poison)
     from_two = int(of_source * len(poison))
@@ -466,6 +467,16 @@ def test_the_halves_of_a_label_are_its_two_blobs_whatever_the_order_of_the_rows(
     order = np.random.default_rng(0).permutation(len(ours))
     again, _ = halves(there.points[order], ours[order], CPU)
     np.testing.assert_array_equal(again, smaller[order])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_groups_lie_apart_by_the_deviations_between_their_means(order):
+    along = np.repeat([-1.0, 1.0], 50)  # means 4 apart, deviation 1 along the line, 9 across it
+    points = np.column_stack([along + np.tile([-2.0, 2.0], 50), np.full(100, 1e4), np.zeros(100)])
+    points[:, 2] = np.tile([-9.0, -9.0, 9.0, 9.0], 25)
+    one = np.tile([True, False], 50)[::order].copy()
+    found = apart(points[::order].astype(np.float32), one, ~one, CPU)
+    assert found == pytest.approx(4, rel=0.05)
 
 
 def test_the_halves_of_a_label_are_its_two_blobs_though_one_is_small():

@@ -5,7 +5,7 @@ The trigger and the probe are heard here, for every label; see verify.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
 from csc_gpu.segregate.clusters import home_of
-from csc_gpu.segregate.kin import Kin, coherent, halves, kin
+from csc_gpu.segregate.kin import Kin, apart, coherent, halves, kin
 from csc_gpu.segregate.settings import Settings
 from csc_gpu.types import Array, Mask, Sighting, Transfer, Witness
 
@@ -31,13 +31,17 @@ AT_LEAST = 0.5
 """but none that commands less than this share of other labels' images,"""
 SURELY = 0.8
 """and every one that commands this share of them."""
+CORE, STRAYS, HALVES = "core", "strays", "halves"
+APART = 6.0
+"""Deviations that two kinds of a label lie apart if one of them is no part of it: benign kinds stay
+below 5, rows with a false label among few reach 15, but these command nothing."""
 
 
 @dataclass(frozen=True)
 class Group:
     """Some rows of a label that may be its poison, and what their pattern does."""
 
-    kind: str  # core, strays or halves
+    kind: str  # CORE, STRAYS or HALVES
     rows: Mask  # (N,)
     rest: Mask  # (N,) rows of the label to compare them with
     commands: float  # what the pattern of rows - rest sends to the label; else of rest - rows, too
@@ -63,6 +67,7 @@ class Narrow:
     rest: Mask  # (N,)
     source: int
     most: float  # share of the images of `source`. 0..1
+    kind: str = ""  # as that of a Group
 
 
 @dataclass(frozen=True)
@@ -103,12 +108,19 @@ def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
     return found, limits
 
 
-def narrow_trigger(found: Mapping[int, Narrow], label: int) -> Narrow | None:
-    """The groups of a label whose pattern surely commands one label's images, beyond the usual."""
-    others = [narrow.most for y, narrow in found.items() if y != label]
-    usual = float(np.quantile(others or [0.0], USUAL))
-    ours = found.get(label)
-    return ours if ours and ours.most >= max(SURELY, usual + MARGIN) else None
+def narrow_trigger(
+    found: Mapping[int, Sequence[Narrow]], label: int, distance: Callable[[Narrow], float]
+) -> Narrow | None:
+    """The groups of a label whose pattern surely commands one label's images, beyond the usual.
+
+    Or, for every label may be attacked (all-to-all), its two halves if they lie apart.
+    """
+    best = [max(narrow.most for narrow in asked) for y, asked in found.items() if y != label]
+    usual = float(np.quantile(best or [0.0], USUAL))
+    sure = [narrow for narrow in found.get(label, ()) if narrow.most >= SURELY]
+    known = [narrow for narrow in sure if narrow.most >= usual + MARGIN]
+    known = known or [n for n in sure if n.kind == HALVES and distance(n) >= APART]
+    return max(known, key=lambda narrow: narrow.most, default=None)
 
 
 class Court:
@@ -125,7 +137,7 @@ class Court:
     ) -> None:
         self.labels = labels  # (N,)
         self.answers: list[Transfer] = []
-        self.narrow: dict[int, Narrow] = {}  # of each label, what commands one other label most
+        self.narrow: dict[int, list[Narrow]] = {}  # of each label: what commands one other
         self._sightings, self._points = sightings, points
         self._witness, self._settings, self._backend = witness, settings, backend
         self._strays = [
@@ -136,16 +148,20 @@ class Court:
         """Share of other labels' images that get the label with the pattern of a group."""
         return self._asked(label, group, rest).share
 
-    def between(self, label: int, group: Mask, rest: Mask) -> float:
+    def between(self, kind: str, label: int, group: Mask, rest: Mask) -> float:
         """The same for two groups of the label; which one label they command most is noted.
 
         Not of a group that is most of its label: what it has may be what makes the label.
         """
-        answer, known = self._asked(label, group, rest), self.narrow.get(label)
-        is_told = answer.source >= 0 and group.sum() <= rest.sum()
-        if is_told and (known is None or answer.most > known.most):
-            self.narrow[label] = Narrow(group, rest, answer.source, answer.most)
+        answer = self._asked(label, group, rest)
+        if answer.source >= 0 and group.sum() <= rest.sum():
+            narrow = Narrow(group, rest, answer.source, answer.most, kind)
+            self.narrow.setdefault(label, []).append(narrow)
         return answer.share
+
+    def apart(self, narrow: Narrow) -> float:
+        """How far the two groups lie apart, in deviations."""
+        return apart(self._points, narrow.rows, narrow.rest, self._backend)
 
     def _asked(self, label: int, group: Mask, rest: Mask) -> Transfer:
         if not (group.any() and rest.any()):
@@ -169,14 +185,14 @@ class Court:
         home = ours & ~outside
         if home.sum() < self._settings.min_rows:
             home = ours & ~core
-        return self._either("core", label, core & ours, home)
+        return self._either(CORE, label, core & ours, home)
 
     def halves(self, label: int) -> list[Group]:
         """The two parts of a label by its features, if either is more than a few rows."""
         smaller, larger = halves(self._points, self.labels == label, self._backend)
         if smaller.sum() < self._settings.min_rows:
             return []
-        return [self._either("halves", label, smaller, larger)]
+        return [self._either(HALVES, label, smaller, larger)]
 
     def strays(self, label: int) -> list[Group]:
         """Rows that two early snapshots put with other labels, once most of the label is at home.
@@ -188,14 +204,14 @@ class Court:
             rows, rest = ours & stray, ours & ~stray
             if rows.sum() < self._settings.min_rows or rows.sum() > rest.sum():
                 continue
-            found.append(Group("strays", rows, rest, self.between(label, rows, rest)))
+            found.append(Group(STRAYS, rows, rest, self.between(STRAYS, label, rows, rest)))
             if len(found) == 2:
                 break
         return found
 
     def _either(self, kind: str, label: int, rows: Mask, rest: Mask) -> Group:
         """Two groups of a label; their difference may command it either way round."""
-        commands = max(self.between(label, rows, rest), self.between(label, rest, rows))
+        commands = max(self.between(kind, label, *pair) for pair in ((rows, rest), (rest, rows)))
         return Group(kind, rows, rest, commands)
 
     def trigger(self, label: int, group: Group, limit: float) -> Group | None:
@@ -211,7 +227,7 @@ class Court:
         alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
         group = replace(group, alone=alone)
         if max(alone) < AT_LEAST:
-            return group if group.kind == "strays" else None
+            return group if group.kind == STRAYS else None
         return group.turned() if alone[1] > alone[0] else group
 
 
@@ -229,7 +245,7 @@ def opened(
     go before the core, and await the check as they are.
     """
     known = [group for group in triggers if group is not None]
-    cores = [group for group in known if group.kind == "core"]
+    cores = [group for group in known if group.kind == CORE]
     explained = max(cores or known, key=lambda group: group.commands, default=None)
     best = max((group.commands for group in known), default=0.0)
     told = {
@@ -257,7 +273,7 @@ def explained_by(
     court: Court, label: int, group: Group, best: float, limit: float, told: dict[str, Any]
 ) -> Case:
     """A case with a trigger: the group is its poison, and grows by its kin."""
-    poison = group.rows if group.kind == "core" else court.coherent(label, group.rows).rows
+    poison = group.rows if group.kind == CORE else court.coherent(label, group.rows).rows
     poison = court.kin(label, poison)
     candidates = ((court.labels == label) & ~group.rest) | poison
     told = told | of_group(group, poison)

@@ -123,8 +123,7 @@ def halves(points: Array, ours: Mask, backend: Backend) -> tuple[Mask, Mask]:
 
     2-means, begun with the two sides of the first principal axis, so that no chance is in it.
     """
-    z = backend.tensor(points[backend.xp.asarray(np.flatnonzero(ours))]).double()
-    z = z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    z = _unit(points, ours, backend)
     z = z - z.mean(dim=0)
     axis = torch.linalg.eigh(z.T @ z)[1][:, -1]
     side = z @ axis > 0
@@ -139,6 +138,22 @@ def halves(points: Array, ours: Mask, backend: Backend) -> tuple[Mask, Mask]:
     part = np.zeros(len(ours), bool)
     part[ours] = side.cpu().numpy()
     return (part, ours & ~part) if 2 * part.sum() <= ours.sum() else (ours & ~part, part)
+
+
+def apart(points: Array, one: Mask, other: Mask, backend: Backend) -> float:
+    """How far two groups (N,) lie apart by their features (N, D): the distance of their means over
+    the deviation of their rows along the line through them."""
+    z, w = (_unit(points, group, backend) for group in (one, other))
+    line = z.mean(dim=0) - w.mean(dim=0)
+    distance = line.norm().clamp_min(1e-12)
+    variance = (z @ line / distance).var(correction=0) + (w @ line / distance).var(correction=0)
+    return float(distance / (variance / 2).sqrt().clamp_min(1e-12))
+
+
+def _unit(points: Array, rows: Mask, backend: Backend) -> torch.Tensor:
+    """These rows (N,) of features (N, D), scaled to length 1. (n, D) float64"""
+    z: torch.Tensor = backend.tensor(points[backend.xp.asarray(np.flatnonzero(rows))]).double()
+    return z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def _asked(

@@ -97,7 +97,7 @@ def verify(
     cases = []
     for label, tried in groups.items():
         triggers = [court.trigger(label, group, limits[label]) for group in tried]
-        narrow = narrow_trigger(court.narrow, label)
+        narrow = narrow_trigger(court.narrow, label, court.apart)
         if label in live or any(triggers) or narrow:
             cases.append(opened(court, label, tried, triggers, limits[label], narrow))
     notes["suspected_labels"] = [case.label for case in cases]
