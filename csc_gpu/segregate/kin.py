@@ -152,8 +152,8 @@ def apart(points: Array, one: Mask, other: Mask, backend: Backend) -> float:
 
 def _unit(points: Array, rows: Mask, backend: Backend) -> torch.Tensor:
     """These rows (N,) of features (N, D), scaled to length 1. (n, D) float64"""
-    z: torch.Tensor = backend.tensor(points[backend.xp.asarray(np.flatnonzero(rows))]).double()
-    return z / z.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    z = backend.tensor(points[backend.xp.asarray(np.flatnonzero(rows))]).double()
+    return torch.nn.functional.normalize(z, dim=1)
 
 
 def _asked(
