@@ -41,11 +41,13 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "recovered ra": ("recovered", "ra"),
     "seconds": ("seconds_in_all",),
     "x plain": ("times_plain",),
+    "images x plain": ("images_times_plain",),
 }
 """What a table shows, and where a row has it."""
-DIGITS = {"seconds": 1, "x plain": 2, "false alarms": 4}
+DIGITS = {"seconds": 1, "x plain": 2, "images x plain": 2, "false alarms": 4}
 ALIKE = ("data", "attack", "rate", "rate_of", "label_noise", "attack_options", "defense", "changed")
 """Rows that agree in these differ by chance alone: seed, and with it the target."""
+IMAGES = "images x plain"
 NOT_TAKEN = "attack did not take hold"
 
 
@@ -220,6 +222,11 @@ def notes(found: Sequence[Line]) -> list[str]:
         "images of the target class; a virtual prediction is an error on clean images.",
         "x plain: seconds of everything a defense does over those of ordinary training.",
     ]
+    if any(_at(row, COLUMNS[IMAGES]) is not None for row in rows):
+        told.append(
+            f"{IMAGES}: images that its trainings take forward and back, over those of ordinary "
+            "training; looks at images without a way back are not counted."
+        )
     if any(row["told_rate"] for row in rows):
         told.append("* was told the true poisoning rate; oracle was told the poison itself.")
     if any(RESERVE in row["needs"] for row in rows):

@@ -30,7 +30,7 @@ from csc_gpu.data.holdout import held_out
 from csc_gpu.defenses import DEFENSES, RATE, RESERVE
 from csc_gpu.defenses.course import PLAIN, Course, verdict
 from csc_gpu.errors import ConfigError, CscError, Interrupted
-from csc_gpu.train import budget
+from csc_gpu.train import Moment
 from csc_gpu.types import AnswerKey, Corpus, DefenderView, Log, Mask, Outcome, Split, quiet
 
 ORACLE, RANDOM = "oracle", "random"
@@ -271,14 +271,15 @@ class Table:
         view = DefenderView(self.split.train, self.trusted if RESERVE in needs else None)
         shares = flattened(settings.train) == _shared_settings(self.plan, backend)
         kept = Ordinary(self.folder, leads=defense == WATCHES) if shares else NOWHERE
-        how: dict[str, Any] = {"seed": seed, "log": log, "kept": kept}
+        tally = Tally(log)
+        how: dict[str, Any] = {"seed": seed, "log": tally, "kept": kept}
         if defense in DEFENSES:
             outcome = DEFENSES[defense].run(view, settings, backend, **how)
         else:
             outcome = told_the_truth(defense, view, settings, backend, key.is_poison, **how)
         if isinstance(kept, Ordinary) and kept.made and PLAIN in outcome.seconds:
             self._tell_seconds(outcome.seconds[PLAIN])
-        before, plain_seconds = self._undefended(log)
+        before, plain_seconds, plain_images = self._undefended(log)
         seconds = dict(outcome.seconds)
         if isinstance(kept, Ordinary) and kept.found:
             seconds[PLAIN] = plain_seconds
@@ -300,6 +301,9 @@ class Table:
             "seconds_in_all": round(spent, 3),
             "plain_seconds": round(plain_seconds, 3),
             "times_plain": round(spent / plain_seconds, 4) if plain_seconds else None,
+            "budget": tally.budget,
+            "plain_images": plain_images,
+            "images_times_plain": round(tally.images / plain_images, 4),
             "counts": dict(key.recipe["counts"]),
             "rows": len(self.split.train),
             "test_rows": len(key.test),
@@ -307,17 +311,16 @@ class Table:
             "classes": n_classes,
             "n_outputs": outcome.model.n_outputs,
             "image_size": list(self.split.train.image_size),
-            "epochs": budget(len(self.split.train), settings.train).epochs,
-            "optimiser_steps": budget(len(self.split.train), settings.train).steps,
             "settings": _telling(settings),
         }
 
-    def _undefended(self, log: Log) -> tuple[evaluate.Score, float]:
-        """The score of ordinary training, and its seconds; it is trained if nobody did yet."""
+    def _undefended(self, log: Log) -> tuple[evaluate.Score, float, int]:
+        """The score of ordinary training, its seconds, its images; trained if nobody did yet."""
         settings = _settings(self.plan, "plain", 0.0, self.backend)
         kept = Ordinary(self.folder)
-        view, seed = DefenderView(self.split.train), self.group.plan.seed
-        outcome = DEFENSES["plain"].run(view, settings, self.backend, seed=seed, log=log, kept=kept)
+        view, tally = DefenderView(self.split.train), Tally(log)
+        how: dict[str, Any] = {"seed": self.group.plan.seed, "log": tally, "kept": kept}
+        outcome = DEFENSES["plain"].run(view, settings, self.backend, **how)
         if not kept.found:
             self._tell_seconds(outcome.seconds[PLAIN])
         known = self.folder.load("score")
@@ -328,10 +331,45 @@ class Table:
             known = Record({}, {"score": run.plain(score)})
             self.folder.save("score", lambda: known)
         took = self.folder.load(SECONDS)
-        return fact(known, "score", dict), fact(took, SECONDS, float) if took else 0.0
+        seconds = fact(took, SECONDS, float) if took else 0.0
+        return fact(known, "score", dict), seconds, tally.images
 
     def _tell_seconds(self, seconds: float) -> None:
         self.folder.save(SECONDS, lambda: Record({}, {SECONDS: seconds}))
+
+
+class Tally:
+    """A log that counts what trainings cost, by stage, on any machine and under any load.
+
+    Optimiser steps, and images that went forward and back: all views and mixtures of a batch. What
+    was found trained counts as if trained now. Not counted: looks without a way back (features,
+    overlays, guesses, a teacher's attention) and the fine-tuning of a head on features (conceal).
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._last: dict[str, tuple[int, int]] = {}  # of the training that a stage is in
+        self.budget: dict[str, dict[str, int]] = {}
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """See Log."""
+        if event == "step":
+            self._count(fields["stage"], fields["at"])
+        self._log(event, **fields)
+
+    def _count(self, stage: str, at: Moment) -> None:
+        steps, images = self._last.get(stage, (0, 0))
+        if at.step <= steps:  # another training of that name
+            steps = images = 0
+        spent = self.budget.setdefault(stage, {"steps": 0, "images": 0})
+        spent["steps"] += at.step - steps
+        spent["images"] += at.images - images
+        self._last[stage] = at.step, at.images
+
+    @property
+    def images(self) -> int:
+        """Of all stages."""
+        return sum(spent["images"] for spent in self.budget.values())
 
 
 class Ordinary:

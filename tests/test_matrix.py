@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from csc_gpu import comparison, matrix, run
@@ -16,6 +17,7 @@ from csc_gpu.backend import open_backend
 from csc_gpu.cli import cli
 from csc_gpu.defenses import DEFENSES, Entry
 from csc_gpu.errors import ConfigError, CorpusError, OutputError, Terminated
+from csc_gpu.train import Budget, Moment
 from csc_gpu.types import Corpus
 from tests.test_defenses import clean
 
@@ -115,7 +117,7 @@ def test_there_is_a_line_a_cell_with_its_scores_costs_and_settings(ran):
         assert row["before"]["counts"]["acc"][1] == row["test_rows"]
         assert row["plain_seconds"] > 0 and row["times_plain"] > 0
         assert row["settings"]["train.epochs"] == 1 and "gpu.memory" not in row["settings"]
-        assert {"commit", "versions", "machine", "optimiser_steps"} <= set(row)
+        assert {"commit", "versions", "machine"} <= set(row)
     plain, oracle, random, spectral = rows
     assert plain["before"] == plain["after"] and plain["detection"] is None
     assert plain["times_plain"] == 1.0
@@ -124,6 +126,36 @@ def test_there_is_a_line_a_cell_with_its_scores_costs_and_settings(ran):
     assert flagged == [16, 16] and random["detection"]["tpr"] < 1
     assert spectral["told_rate"] == 0.1 and spectral["settings"]["spectral.rate"] == 0.1
     assert oracle["told_rate"] is None
+
+
+def test_a_line_says_by_stage_what_its_trainings_took(ran):
+    plain, oracle, _, spectral = ran[0]
+    assert plain["budget"] == {"train": {"steps": 5, "images": 160}}
+    assert plain["plain_images"] == 160 and plain["images_times_plain"] == 1.0
+    assert oracle["budget"] == {"retrain": {"steps": 5, "images": 144}}  # 16 of 160 were poison
+    left = 160 - spectral["detection"]["counts"]["flagged"][0]
+    assert spectral["budget"]["train"] == plain["budget"]["train"]  # found trained, counted too
+    assert spectral["budget"]["retrain"]["images"] == left < 144
+    assert spectral["images_times_plain"] == round((160 + left) / 160, 4)
+    assert not {"epochs", "optimiser_steps"} & set(spectral)  # there is no one such figure
+
+
+def test_trainings_of_one_name_add_up_and_one_that_goes_on_counts_once():
+    def at(step, images):
+        return Moment(step, 0.0, torch.tensor(0.0), 0.1, Budget(1, 9), images=images)
+
+    heard, tally = [], matrix.Tally(lambda event, **fields: heard.append(event))
+    tally("triggers")
+    for stage, step, images in [
+        ("a", 3, 30),
+        ("a", 4, 38),
+        ("b", 1, 7),
+        ("a", 1, 10),
+        ("a", 2, 20),
+    ]:
+        tally("step", stage=stage, at=at(step, images))
+    assert tally.budget == {"a": {"steps": 6, "images": 58}, "b": {"steps": 1, "images": 7}}
+    assert tally.images == 65 and heard == ["triggers", *["step"] * 5]
 
 
 def test_clean_images_are_held_out_before_the_key_is_made(source, tmp_path):
@@ -164,7 +196,7 @@ def test_ordinary_training_is_done_once_a_group(source, tmp_path):
 
     plan = plan_of(source, defenses=("plain", "spectral"))
     rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU, log=log))
-    per_epoch = rows[0]["optimiser_steps"]
+    per_epoch = rows[0]["budget"]["train"]["steps"]
     found = steps.count("train") - 2  # each that finds it trained sees the last step again
     assert per_epoch <= found <= per_epoch + 1
     assert rows[1]["seconds"]["train"] == rows[0]["plain_seconds"]
@@ -300,6 +332,14 @@ def test_rows_of_other_settings_attacks_and_defenses_are_not_averaged():
 def test_of_a_cell_that_was_run_again_the_last_row_counts():
     (line,) = comparison.lines([made(error="no luck"), made(asr=0.4)])
     assert line.figure("asr").values == (0.4,) and not line.failed
+
+
+def test_images_are_a_column_and_a_row_from_before_they_were_counted_has_none():
+    rows = [made(), made("scan", images_times_plain=1.75)]
+    told = comparison.markdown(comparison.lines(rows), (comparison.IMAGES,))
+    assert "| images x plain |" in told and "| ac | 1 | - |" in told and "| 1.75 |" in told
+    assert "forward and back" in told
+    assert comparison.IMAGES not in comparison.markdown(comparison.lines([made()]))
 
 
 def test_an_attack_that_did_not_take_hold_and_a_failure_are_said():
