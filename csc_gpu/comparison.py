@@ -220,7 +220,8 @@ def notes(found: Sequence[Line]) -> list[str]:
     told = [
         "Means over n seeds ± standard deviation; a single run has none. asr and ra leave out "
         "images of the target class; a virtual prediction is an error on clean images.",
-        "x plain: seconds of everything a defense does over those of ordinary training.",
+        "x plain: seconds of everything a defense does over those of ordinary training: of the "
+        "processor, or of the wall clock where a row has no others.",
     ]
     if any(_at(row, COLUMNS[IMAGES]) is not None for row in rows):
         told.append(

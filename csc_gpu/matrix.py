@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from csc_gpu import attacks, csc, data, evaluate, pipeline, run, sources
+from csc_gpu import attacks, csc, data, evaluate, pipeline, run, sources, train
 from csc_gpu.backend import Backend
 from csc_gpu.backend.doctor import describe
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Folder, Record, fact
@@ -30,14 +30,13 @@ from csc_gpu.data.holdout import held_out
 from csc_gpu.defenses import DEFENSES, RATE, RESERVE
 from csc_gpu.defenses.course import PLAIN, Course, verdict
 from csc_gpu.errors import ConfigError, CscError, Interrupted
-from csc_gpu.train import Moment
 from csc_gpu.types import AnswerKey, Corpus, DefenderView, Log, Mask, Outcome, Split, quiet
 
 ORACLE, RANDOM = "oracle", "random"
 WATCHES = "csc"
 """The defense that looks at its training, and so cannot start from a trained net."""
-SECONDS = "seconds"
-"""The record that tells how long ordinary training took."""
+SECONDS, CPU_SECONDS = "seconds", "cpu seconds"
+"""The record that tells how long ordinary training took, and what else it tells."""
 ELSEWHERE = ("gpu.", "checkpoint.", "features.spill")
 """Settings of the machine: they do not tell cells apart."""
 
@@ -215,6 +214,7 @@ def _cells(
         table: Table | str
         try:
             table = Table.laid(plan, group, place, backend, log)
+            table.warm()
         except Interrupted:
             raise
         except Exception as fault:  # a line says so; the next group may do better
@@ -225,6 +225,45 @@ def _cells(
             line |= {"error": table} if isinstance(table, str) else table.row(defense, log)
             append(out, line)
             yield line
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a defense took, stage by stage."""
+
+    seconds: Mapping[str, float]  # of the wall clock
+    cpu_seconds: Mapping[str, float]  # of the processor, all threads; of no stage where unknown
+
+    def rounded(self) -> dict[str, Any]:
+        """As a row has it."""
+        return {
+            "seconds": {stage: round(took, 3) for stage, took in self.seconds.items()},
+            "cpu_seconds": {stage: round(took, 3) for stage, took in self.cpu_seconds.items()},
+            "seconds_in_all": round(sum(self.seconds.values()), 3),
+        }
+
+
+@dataclass(frozen=True)
+class Undefended:
+    """What ordinary training gives, and takes."""
+
+    score: evaluate.Score
+    seconds: float
+    cpu_seconds: float | None  # None on a GPU, and in a folder of work from before they were told
+    images: int  # that went forward and back
+
+    def instead(self, cost: Cost) -> Cost:
+        """The cost of a defense that found the net trained: of its training, what that took."""
+        cpu = {stage: took for stage, took in cost.cpu_seconds.items() if stage != PLAIN}
+        ours = {} if self.cpu_seconds is None else {PLAIN: self.cpu_seconds}
+        return Cost({**cost.seconds, PLAIN: self.seconds}, ours | cpu)
+
+    def times(self, cost: Cost) -> float | None:
+        """How often this training's time a defense takes: the processor's, which another process
+        beside it does not stretch, if that is known of all; else the wall clock's."""
+        if self.cpu_seconds and cost.cpu_seconds.keys() == cost.seconds.keys():
+            return sum(cost.cpu_seconds.values()) / self.cpu_seconds
+        return sum(cost.seconds.values()) / self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -254,6 +293,15 @@ class Table:
         folder = Folder(place, minutes=common.checkpoint.minutes)
         return Table(plan, group, poisoned, key, trusted, folder, backend)
 
+    def warm(self) -> None:
+        """Take a throw-away step: what torch does once in a process is no defense's cost."""
+        settings, corpus = _settings(self.plan, "plain", 0.0, self.backend), self.split.train
+        few = corpus.take(np.arange(min(settings.train.batch, len(corpus))))
+        short = replace(settings.train, epochs=1, min_steps=0)
+        net = csc.fresh_model(few, settings, self.backend, seed=0)
+        for _ in train.train(net, few, short, self.backend, seed=0):
+            pass
+
     def row(self, defense: str, log: Log) -> dict[str, Any]:
         """What a defense does to this corpus; its error, if it fails."""
         try:
@@ -278,12 +326,11 @@ class Table:
         else:
             outcome = told_the_truth(defense, view, settings, backend, key.is_poison, **how)
         if isinstance(kept, Ordinary) and kept.made and PLAIN in outcome.seconds:
-            self._tell_seconds(outcome.seconds[PLAIN])
-        before, plain_seconds, plain_images = self._undefended(log)
-        seconds = dict(outcome.seconds)
+            self._tell_seconds(outcome)
+        plain, cost = self._undefended(log), Cost(outcome.seconds, outcome.cpu_seconds)
         if isinstance(kept, Ordinary) and kept.found:
-            seconds[PLAIN] = plain_seconds
-        spent = sum(seconds.values())
+            cost = plain.instead(cost)
+        times = plain.times(cost)
         found, n_classes = outcome.segregation, outcome.n_classes
 
         def scored(net: Any) -> evaluate.Score:
@@ -292,18 +339,18 @@ class Table:
         return {
             "needs": list(needs),
             "told_rate": true_rate if _is_told(self.plan, defense, true_rate) else None,
-            "before": before,
+            "before": plain.score,
             "after": scored(outcome.model),
             "recovered": scored(outcome.recovered.model) if outcome.recovered else None,
             "detection": evaluate.detection(found.suspect, found.score, key) if found else None,
             "notes": run.plain(found.notes) if found else None,
-            "seconds": {stage: round(took, 3) for stage, took in seconds.items()},
-            "seconds_in_all": round(spent, 3),
-            "plain_seconds": round(plain_seconds, 3),
-            "times_plain": round(spent / plain_seconds, 4) if plain_seconds else None,
+            **cost.rounded(),
+            "plain_seconds": round(plain.seconds, 3),
+            "plain_cpu_seconds": plain.cpu_seconds and round(plain.cpu_seconds, 3),
+            "times_plain": times and round(times, 4),
             "budget": tally.budget,
-            "plain_images": plain_images,
-            "images_times_plain": round(tally.images / plain_images, 4),
+            "plain_images": plain.images,
+            "images_times_plain": round(tally.images / plain.images, 4),
             "counts": dict(key.recipe["counts"]),
             "rows": len(self.split.train),
             "test_rows": len(key.test),
@@ -314,15 +361,15 @@ class Table:
             "settings": _telling(settings),
         }
 
-    def _undefended(self, log: Log) -> tuple[evaluate.Score, float, int]:
-        """The score of ordinary training, its seconds, its images; trained if nobody did yet."""
+    def _undefended(self, log: Log) -> Undefended:
+        """Ordinary training, done now if nobody did yet."""
         settings = _settings(self.plan, "plain", 0.0, self.backend)
         kept = Ordinary(self.folder)
         view, tally = DefenderView(self.split.train), Tally(log)
         how: dict[str, Any] = {"seed": self.group.plan.seed, "log": tally, "kept": kept}
         outcome = DEFENSES["plain"].run(view, settings, self.backend, **how)
         if not kept.found:
-            self._tell_seconds(outcome.seconds[PLAIN])
+            self._tell_seconds(outcome)
         known = self.folder.load("score")
         if known is None or not kept.found:
             score = evaluate.accuracy_and_attack(
@@ -332,10 +379,14 @@ class Table:
             self.folder.save("score", lambda: known)
         took = self.folder.load(SECONDS)
         seconds = fact(took, SECONDS, float) if took else 0.0
-        return fact(known, "score", dict), seconds, tally.images
+        cpu = fact(took, CPU_SECONDS, float) if took and CPU_SECONDS in took.facts else None
+        return Undefended(fact(known, "score", dict), seconds, cpu, tally.images)
 
-    def _tell_seconds(self, seconds: float) -> None:
-        self.folder.save(SECONDS, lambda: Record({}, {SECONDS: seconds}))
+    def _tell_seconds(self, outcome: Outcome) -> None:
+        told = {SECONDS: outcome.seconds[PLAIN]}
+        if PLAIN in outcome.cpu_seconds:
+            told[CPU_SECONDS] = outcome.cpu_seconds[PLAIN]
+        self.folder.save(SECONDS, lambda: Record({}, told))
 
 
 class Tally:
@@ -357,7 +408,7 @@ class Tally:
             self._count(fields["stage"], fields["at"])
         self._log(event, **fields)
 
-    def _count(self, stage: str, at: Moment) -> None:
+    def _count(self, stage: str, at: train.Moment) -> None:
         steps, images = self._last.get(stage, (0, 0))
         if at.step <= steps:  # another training of that name
             steps = images = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from click.testing import CliRunner
 
 from csc_gpu import comparison, matrix, run
 from csc_gpu.backend import open_backend
+from csc_gpu.checkpoint import Record, to_bytes
 from csc_gpu.cli import cli
 from csc_gpu.defenses import DEFENSES, Entry
 from csc_gpu.errors import ConfigError, CorpusError, OutputError, Terminated
@@ -116,6 +118,9 @@ def test_there_is_a_line_a_cell_with_its_scores_costs_and_settings(ran):
         assert row["error"] is None
         assert row["before"]["counts"]["acc"][1] == row["test_rows"]
         assert row["plain_seconds"] > 0 and row["times_plain"] > 0
+        assert row["cpu_seconds"].keys() == row["seconds"].keys()
+        spent = sum(row["cpu_seconds"].values()) / row["plain_cpu_seconds"]
+        assert row["times_plain"] == pytest.approx(spent, rel=0.05)  # seconds have three digits
         assert row["settings"]["train.epochs"] == 1 and "gpu.memory" not in row["settings"]
         assert {"commit", "versions", "machine"} <= set(row)
     plain, oracle, random, spectral = rows
@@ -138,6 +143,48 @@ def test_a_line_says_by_stage_what_its_trainings_took(ran):
     assert spectral["budget"]["retrain"]["images"] == left < 144
     assert spectral["images_times_plain"] == round((160 + left) / 160, 4)
     assert not {"epochs", "optimiser_steps"} & set(spectral)  # there is no one such figure
+
+
+def test_the_multiple_is_of_processor_time_and_of_wall_time_where_that_is_not_known():
+    cost = matrix.Cost({"train": 9.0, "judge": 21.0}, {"train": 2.0, "judge": 3.0})
+    assert matrix.Undefended({}, 10.0, 2.0, 1).times(cost) == 2.5
+    assert matrix.Undefended({}, 10.0, None, 1).times(cost) == 3.0  # an older folder of work
+    assert matrix.Undefended({}, 10.0, 2.0, 1).times(matrix.Cost(cost.seconds, {})) == 3.0  # GPU
+    assert matrix.Undefended({}, 0.0, None, 1).times(cost) is None
+    shared = matrix.Undefended({}, 10.0, 4.0, 1).instead(cost)
+    assert (shared.seconds["train"], shared.cpu_seconds["train"]) == (10.0, 4.0)
+    unknown = matrix.Undefended({}, 10.0, None, 1)
+    assert unknown.times(unknown.instead(cost)) == 3.1
+
+
+def test_an_older_folder_of_work_without_processor_seconds_goes_on(ran, source, tmp_path):
+    rows, _, work = ran
+    mine = shutil.copytree(work, tmp_path / "work")
+    (told,) = mine.glob("*/seconds.safetensors")
+    seconds = rows[0]["plain_seconds"]
+    told.write_bytes(to_bytes(Record({}, {"seconds": seconds})))
+    again = list(matrix.cells(plan_of(source), tmp_path / "rows.jsonl", mine, CPU))
+    spectral = again[-1]
+    assert spectral["plain_cpu_seconds"] is None and "train" not in spectral["cpu_seconds"]
+    assert spectral["times_plain"] == pytest.approx(spectral["seconds_in_all"] / seconds, rel=0.01)
+
+
+def test_a_throw_away_step_is_taken_before_the_first_clock_starts(source, tmp_path, monkeypatch):
+    events, train, clock = [], matrix.train.train, matrix.csc.Stopwatch.__call__
+
+    def training(model, corpus, *rest, **how):
+        events.append(("training", len(corpus)))
+        return train(model, corpus, *rest, **how)
+
+    def timed(self, stage):
+        events.append(("clock", stage))
+        return clock(self, stage)
+
+    monkeypatch.setattr(matrix.train, "train", training)
+    monkeypatch.setattr(matrix.csc.Stopwatch, "__call__", timed)
+    plan = plan_of(source, defenses=("plain",))
+    list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU))
+    assert events[:3] == [("training", 32), ("clock", "train"), ("training", 160)]
 
 
 def test_trainings_of_one_name_add_up_and_one_that_goes_on_counts_once():
