@@ -14,12 +14,14 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from csc_gpu import matrix, run
 from csc_gpu.backend import Backend
-from csc_gpu.defenses import RESERVE
+from csc_gpu.config import flattened
+from csc_gpu.defenses import DEFENSES, RATE, RESERVE
 from csc_gpu.errors import CorpusError
 from csc_gpu.progress import Console
 from csc_gpu.scoring import EFFECTIVE
@@ -46,7 +48,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """What a table shows, and where a row has it."""
 DIGITS = {"seconds": 1, "x plain": 2, "images x plain": 2, "false alarms": 4}
 ALIKE = ("data", "attack", "rate", "rate_of", "label_noise", "attack_options", "defense", "changed")
-"""Rows that agree in these differ by chance alone: seed, and with it the target."""
+"""Rows that differ in these are told apart by what a line of a table shows."""
+SETUP = ("source", "reserve", "rows", "image_size")
+"""Rows that agree in these, too, and in the settings, differ by chance alone: seed and target."""
 IMAGES = "images x plain"
 NOT_TAKEN = "attack did not take hold"
 
@@ -81,11 +85,17 @@ class Line:
 
     rows: tuple[Row, ...]  # those that did not fail
     failed: tuple[Row, ...]
+    apart: str = ""  # what tells it from other lines that would look the same
 
     @property
     def first(self) -> Row:
         """A row that stands for all."""
         return (*self.rows, *self.failed)[0]
+
+    @property
+    def n(self) -> int:
+        """Seeds."""
+        return len({row["seed"] for row in self.rows})
 
     @property
     def cell(self) -> tuple[str, str]:
@@ -106,8 +116,9 @@ class Line:
 
     @property
     def changed(self) -> str:
-        """Settings that are not the defaults."""
-        return " ".join(f"{name}={value}" for name, value in self.first["changed"].items())
+        """Settings that the plan gave, and what else tells it from lines that look the same."""
+        given = (f"{name}={value}" for name, value in self.first["changed"].items())
+        return " ".join((*given, *filter(None, [self.apart])))
 
     @property
     def told(self) -> str:
@@ -115,9 +126,13 @@ class Line:
         return "; ".join(part for part in (self.remark, self.changed) if part)
 
     def figure(self, column: str) -> Figure:
-        """One column over the seeds."""
-        found = (_at(row, COLUMNS[column]) for row in self.rows)
-        return Figure(tuple(float(value) for value in found if value is not None))
+        """One column over the seeds; of one that is there twice, with two targets, the mean."""
+        found: dict[int, list[float]] = {}
+        for row in self.rows:
+            value = _at(row, COLUMNS[column])
+            if value is not None:
+                found.setdefault(row["seed"], []).append(float(value))
+        return Figure(tuple(statistics.fmean(values) for values in found.values()))
 
     @property
     def remark(self) -> str:
@@ -134,16 +149,58 @@ class Line:
 def lines(rows: Iterable[Row]) -> list[Line]:
     """Rows gathered over seeds, in the order in which they first come; of a key the last counts."""
     last = {row["key"]: row for row in rows}
-    kinds: dict[str, list[Row]] = {}
+    looks: dict[str, list[tuple[dict[str, Any], list[Row]]]] = {}  # lines that look the same
     for row in last.values():
-        kinds.setdefault(json.dumps([row[name] for name in ALIKE], sort_keys=True), []).append(row)
+        same = looks.setdefault(json.dumps([row[name] for name in ALIKE], sort_keys=True), [])
+        ours = made_with(row)
+        fitting = (
+            (told, members)
+            for told, members in same
+            if all(told[name] == ours[name] for name in told.keys() & ours.keys())
+        )
+        told, members = next(fitting, ({}, []))
+        if not members:
+            same.append((told, members))
+        told |= ours  # a row that failed may say less
+        members.append(row)
     return [
         Line(
-            tuple(row for row in alike if not row["error"]),
-            tuple(row for row in alike if row["error"]),
+            tuple(row for row in members if not row["error"]),
+            tuple(row for row in members if row["error"]),
+            _apart(told, [other for other, _ in same]),
         )
-        for alike in kinds.values()
+        for same in looks.values()
+        for told, members in same
     ]
+
+
+def made_with(row: Row) -> dict[str, Any]:
+    """What a row says of its corpus and settings, those that came later as they are now unless set.
+
+    Settings of the machine are left out, and a rate that was told, as it follows from the corpus.
+    """
+    told = {name: row[name] for name in SETUP if name in row}
+    if "settings" not in row:
+        return told
+    settings = _usual(row["defense"]) | row["settings"]
+    if row.get("told_rate") is not None:
+        settings.pop(f"{row['defense']}.{RATE}", None)
+    return told | {
+        name: value for name, value in settings.items() if not name.startswith(matrix.ELSEWHERE)
+    }
+
+
+@cache
+def _usual(defense: str) -> Mapping[str, Any]:
+    """A defense's settings as they are now, none of one that is not there any more."""
+    name = "plain" if defense in matrix.TOLD else defense
+    return flattened(DEFENSES[name].settings()) if name in DEFENSES else {}
+
+
+def _apart(told: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> str:
+    """NAME=VALUE of all in which one of the others differs."""
+    differs = {name for other in others for name in other if told.get(name) != other[name]}
+    return " ".join(f"{name}={value}" for name, value in told.items() if name in differs)
 
 
 def write(source: Path, out: Path) -> list[Path]:
@@ -207,7 +264,7 @@ def markdown(found: Sequence[Line], columns: Sequence[str] = ()) -> str:
         parts.append("|---" * (len(columns) + 3) + "|")
         for line in ours:
             cells_ = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
-            head = f"| {line.defense} | {len(line.rows)} |"
+            head = f"| {line.defense} | {line.n} |"
             told = line.told.replace("|", "\\|")
             parts.append(f"{head} {' | '.join(cells_)} | {told} |")
         parts.append("")
@@ -256,9 +313,7 @@ def table_csv(found: Sequence[Line]) -> str:
     for line in found:
         figures = [line.figure(name) for name in COLUMNS]
         values = [_number(v) for f in figures for v in (f.mean, f.spread, len(f.values))]
-        writer.writerow(
-            (*line.cell, line.defense, line.changed, len(line.rows), *values, line.remark)
-        )
+        writer.writerow((*line.cell, line.defense, line.changed, line.n, *values, line.remark))
     return file.getvalue()
 
 
@@ -316,7 +371,7 @@ def _table(ours: Sequence[Line], columns: Sequence[str]) -> str:
     rows = []
     for line in ours:
         figures = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
-        told = (line.defense, str(len(line.rows)), *figures, line.told)
+        told = (line.defense, str(line.n), *figures, line.told)
         rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in told))
     return f"<table><tr>{head}{''.join(rows)}</table>"
 
@@ -326,7 +381,7 @@ def scatter(named: Mapping[str, Line], x: str, y: str, x_name: str, y_name: str)
     dots, places = list[str](), list[tuple[float, float, str, str]]()
     across, up = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN  # pixels of 1
     for number, (name, line) in enumerate(named.items()):
-        right, high, n = line.figure(x), line.figure(y), len(line.rows)
+        right, high, n = line.figure(x), line.figure(y), line.n
         if right.mean is None or high.mean is None:
             continue
         left, top = MARGIN + right.mean * across, HEIGHT - MARGIN - high.mean * up

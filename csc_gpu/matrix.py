@@ -32,7 +32,7 @@ from csc_gpu.defenses.course import PLAIN, Course, verdict
 from csc_gpu.errors import ConfigError, CscError, Interrupted
 from csc_gpu.types import AnswerKey, Corpus, DefenderView, Log, Mask, Outcome, Split, quiet
 
-ORACLE, RANDOM = "oracle", "random"
+ORACLE, RANDOM = TOLD = "oracle", "random"
 WATCHES = "csc"
 """The defense that looks at its training, and so cannot start from a trained net."""
 SECONDS, CPU_SECONDS = "seconds", "cpu seconds"
@@ -534,6 +534,7 @@ def _line(plan: Plan, group: Group, defense: str, backend: Backend) -> dict[str,
         **group.about,
         "defense": defense,
         "changed": changes_of(plan, defense, 0.0),
+        "settings": _telling(_settings(plan, defense, 0.0, backend)),
         "error": None,
         "backend": backend.name,
         "machine": backend.machine,

@@ -376,6 +376,56 @@ def test_rows_of_other_settings_attacks_and_defenses_are_not_averaged():
     assert len(comparison.lines(rows)) == 4
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"settings": {"train.model": "resnet8"}}, {"settings": {"train.model": "resnet18"}},
+         ("train.model=resnet8", "train.model=resnet18")),
+        ({"reserve": 0.2}, {"reserve": 0.3}, ("reserve=0.2", "reserve=0.3")),
+        ({"source": "a.npz"}, {"source": "b.npz"}, ("source=a.npz", "source=b.npz")),
+        ({"rows": 6000}, {"rows": 3000}, ("rows=6000", "rows=3000")),
+        ({"image_size": [8]}, {"image_size": [9]}, ("image_size=[8]", "image_size=[9]")),
+        # a default that a later version changed: a row says what it was then
+        ({"settings": {"ac.dims": 7}}, {"settings": {"ac.dims": 10}}, ("ac.dims=7", "ac.dims=10")),
+    ],
+)  # fmt: skip
+def test_rows_that_are_no_replicates_are_lines_that_say_how_they_differ(one, other, told):
+    rows = [made(**one), made(seed=1, **other), made(seed=2, **one)]
+    found = comparison.lines(rows)
+    assert [line.n for line in found] == [2, 1]
+    assert tuple(line.told for line in found) == told
+    assert set(comparison.labelled(found)) == {f"ac {text}" for text in told}
+
+
+def test_a_setting_that_came_later_counts_as_its_default_and_told_rates_part_nobody():
+    def of(settings, **more):
+        return made("csc", settings={"train.model": "resnet8", **settings}, **more)
+
+    rows = [of({}), of({"recover.most": 0.5}, seed=1), of({"gpu.memory": 9.0}, seed=2)]
+    (line,) = comparison.lines([*rows, of({"checkpoint.minutes": 1.0}, seed=3)])
+    assert line.n == 4 and line.told == ""
+    assert len(comparison.lines([*rows, of({"recover.most": 0.6}, seed=3)])) == 2
+    told = [
+        made("spectral", seed, told_rate=rate, settings={"spectral.rate": rate})
+        for seed, rate in ((0, 0.05), (1, 0.049))
+    ]
+    assert [line.n for line in comparison.lines(told)] == [2]
+
+
+def test_n_counts_seeds_and_two_targets_of_one_seed_are_one_figure():
+    rows = [made(asr=0.1), made(key="again", asr=0.3, target="3"), made(seed=1, asr=0.4)]
+    (line,) = comparison.lines(rows)
+    assert line.n == 2 and line.figure("asr").values == (pytest.approx(0.2), 0.4)
+    assert "| ac | 2 | 0.300 ± 0.141 |" in comparison.markdown([line], ("asr",))
+
+
+def test_a_row_that_failed_before_it_knew_its_corpus_is_of_the_line_of_the_others():
+    failed = made(error="no luck")
+    failed = {name: value for name, value in failed.items() if name != "settings"}
+    (line,) = comparison.lines([failed, made(seed=1, rows=6000, reserve=0.2)])
+    assert line.n == 1 and len(line.failed) == 1
+
+
 def test_of_a_cell_that_was_run_again_the_last_row_counts():
     (line,) = comparison.lines([made(error="no luck"), made(asr=0.4)])
     assert line.figure("asr").values == (0.4,) and not line.failed
