@@ -29,7 +29,7 @@ from csc_gpu.config import flattened, override, read_toml, require
 from csc_gpu.data.holdout import held_out
 from csc_gpu.defenses import DEFENSES, RATE, RESERVE
 from csc_gpu.defenses.course import PLAIN, Course, verdict
-from csc_gpu.errors import ConfigError, CscError, Interrupted
+from csc_gpu.errors import ConfigError, CscError, Interrupted, OutputError
 from csc_gpu.types import AnswerKey, Corpus, DefenderView, Log, Mask, Outcome, Split, quiet
 
 ORACLE, RANDOM = TOLD = "oracle", "random"
@@ -37,6 +37,8 @@ WATCHES = "csc"
 """The defense that looks at its training, and so cannot start from a trained net."""
 SECONDS, CPU_SECONDS = "seconds", "cpu seconds"
 """The record that tells how long ordinary training took, and what else it tells."""
+CORPUS = "corpus"
+"""The record that tells which images and labels the others are of."""
 ELSEWHERE = ("gpu.", "checkpoint.", "features.spill")
 """Settings of the machine: they do not tell cells apart."""
 
@@ -190,7 +192,8 @@ def cells(
     """Run every cell that `out` has no line of, append its line, and yield it.
 
     With `retry` those that failed are run again. Raises ConfigError before anything is run if a
-    defense or an attack refuses its settings, OutputError if another process works in `work`.
+    defense or an attack refuses its settings; OutputError if another process works in `work`, or
+    what is there was made of other images.
     """
     with run.locked(work):
         yield from _cells(plan, out, work, backend, retry=retry, log=log)
@@ -214,8 +217,9 @@ def _cells(
         table: Table | str
         try:
             table = Table.laid(plan, group, place, backend, log)
+            table.require_known()
             table.warm()
-        except Interrupted:
+        except (Interrupted, OutputError):
             raise
         except Exception as fault:  # a line says so; the next group may do better
             table = _told(fault)
@@ -277,6 +281,7 @@ class Table:
     trusted: Corpus
     folder: Folder
     backend: Backend
+    images: str  # what tells them, and their labels, from all others
 
     @staticmethod
     def laid(plan: Plan, group: Group, place: Path, backend: Backend, log: Log) -> Table:
@@ -288,10 +293,24 @@ class Table:
         split = data.checked(
             replace(split, test=split.test.take(np.flatnonzero(~is_kept))), group.data
         )
-        trigger = attacks.ready(split, group.plan, group.settings(), backend, log)
+        how = group.settings()
+        trigger = attacks.ready(split, group.plan, how, backend, log)
         poisoned, key = attacks.poison(split, trigger)
+        # a trigger that is learnt again may differ in a rounding
+        images = _contents(split if trigger.attack.learns(how) else poisoned)
         folder = Folder(place, minutes=common.checkpoint.minutes)
-        return Table(plan, group, poisoned, key, trusted, folder, backend)
+        return Table(plan, group, poisoned, key, trusted, folder, backend, images)
+
+    def require_known(self) -> None:
+        """Put down what the images and labels are, or raise OutputError if they were others."""
+        now, was = self.images, self.folder.load(CORPUS)
+        if was is None:  # new, or from before this was put down
+            self.folder.save(CORPUS, lambda: Record({}, {CORPUS: now}))
+        elif fact(was, CORPUS, str) != now:
+            raise OutputError(
+                f"{self.group.source} has other images or labels than when the nets and scores in "
+                f"{self.folder.place} were made; give another --work, or the images of then"
+            )
 
     def warm(self) -> None:
         """Take a throw-away step: what torch does once in a process is no defense's cost."""
@@ -553,6 +572,16 @@ def _key(plan: Plan, group: Group, defense: str, backend: Backend) -> str:
 def _digest(about: Mapping[str, Any]) -> str:
     text = json.dumps(run.plain(about), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _contents(split: Split) -> str:
+    """A digest of the images and labels of both parts."""
+    told = hashlib.sha256()
+    for part in (split.train, split.test):
+        told.update(f"{part.images.shape}".encode())
+        told.update(part.images.tobytes())
+        told.update(part.labels.astype("<i8").tobytes())
+    return told.hexdigest()[:16]
 
 
 def _settings(plan: Plan, defense: str, true_rate: float, backend: Backend) -> csc.Common:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -277,6 +278,43 @@ def test_what_is_done_is_not_done_again_and_half_a_line_is(ran, source, tmp_path
     assert again[0]["after"] == rows[-1]["after"]
     assert list(matrix.cells(plan_of(source), copy, tmp_path / "w", CPU)) == []
     assert len(copy.read_text().splitlines()) == 4
+
+
+def changed(source, path, what):
+    """The same file but for one image or label of one part."""
+    arrays = dict(np.load(source))
+    name, part = what
+    arrays[f"{name}_{part}"] = arrays[f"{name}_{part}"].copy()
+    arrays[f"{name}_{part}"][0] = (arrays[f"{name}_{part}"][0] + 1) % 4
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("what", [*itertools.product("xy", ("train", "test"))])
+def test_a_folder_of_work_made_of_other_images_is_refused_and_left(source, tmp_path, what):
+    mine = tmp_path / "few.npz"
+    shutil.copy(source, mine)
+    plan, work = plan_of(mine, defenses=("plain",)), tmp_path / "w"
+    list(matrix.cells(plan, tmp_path / "rows.jsonl", work, CPU))
+    left = {path: path.read_bytes() for path in work.rglob("*.safetensors")}
+    changed(source, mine, what)
+    with pytest.raises(OutputError, match=r"few\.npz has other images .* give another --work"):
+        list(matrix.cells(plan, tmp_path / "again.jsonl", work, CPU))
+    assert not (tmp_path / "again.jsonl").exists()
+    assert left == {path: path.read_bytes() for path in work.rglob("*.safetensors")}
+    shutil.copy(source, mine)
+    again = list(matrix.cells(plan, tmp_path / "again.jsonl", work, CPU))
+    assert len(again) == len(list(matrix.read_rows(tmp_path / "rows.jsonl")))
+
+
+def test_a_folder_of_work_from_before_it_knew_its_images_is_taken_and_learns_them(
+    ran, source, tmp_path
+):
+    work = shutil.copytree(ran[2], tmp_path / "w")
+    (known,) = work.glob("*/corpus.safetensors")
+    before = known.read_bytes()
+    known.unlink()
+    list(matrix.cells(plan_of(source), tmp_path / "rows.jsonl", work, CPU))
+    assert known.read_bytes() == before
 
 
 def failing(times):
