@@ -35,6 +35,8 @@ from csc_gpu.types import AnswerKey, Corpus, DefenderView, Log, Mask, Outcome, S
 ORACLE, RANDOM = TOLD = "oracle", "random"
 WATCHES = "csc"
 """The defense that looks at its training, and so cannot start from a trained net."""
+CONTROLS = ("plain", *TOLD)
+"""Rows of every table."""
 SECONDS, CPU_SECONDS = "seconds", "cpu seconds"
 """The record that tells how long ordinary training took, and what else it tells."""
 CORPUS = "corpus"
@@ -55,7 +57,8 @@ class Plan:
     attacks: tuple[str, ...] = ("none", "badnets", "blend")
     """By name: csc-gpu attacks lists them."""
     defenses: tuple[str, ...] = ("plain", "oracle", "random", "csc", "ac", "spectral")
-    """By name: csc-gpu defenses lists them; oracle and random besides."""
+    """By name: csc-gpu defenses lists them. plain, oracle and random are rows of every table, named
+    here or not."""
     rates: tuple[float, ...] = (0.05,)
     """Shares of all rows that are poisoned, for attacks that change labels."""
     rates_of_target: tuple[float, ...] = (0.5,)
@@ -90,6 +93,11 @@ class Plan:
             if name not in attacks.ATTACKS:
                 known = ", ".join(attacks.ATTACKS)
                 raise ConfigError(f"plan.attacks: unknown attack {name!r}; there are {known}")
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Its defenses, and the rows of every table behind those that it does not name."""
+        return tuple(dict.fromkeys((*self.defenses, *CONTROLS)))
 
 
 TABLES = ("settings", "defense", "attack")
@@ -205,12 +213,12 @@ def _cells(
     wanted = list(groups(plan))
     for group in wanted:
         group.settings()
-    for defense in plan.defenses:
+    for defense in plan.compared:
         _settings(plan, defense, 0.0, backend)
     end_line(out)
     done = {line["key"] for line in read_rows(out) if not (retry and line["error"])}
     for group in wanted:
-        todo = [name for name in plan.defenses if _key(plan, group, name, backend) not in done]
+        todo = [name for name in plan.compared if _key(plan, group, name, backend) not in done]
         if not todo:
             continue
         place = work / _digest(group.about | {"settings": _shared_settings(plan, backend)})

@@ -206,6 +206,14 @@ def test_trainings_of_one_name_add_up_and_one_that_goes_on_counts_once():
     assert tally.images == 65 and heard == ["triggers", *["step"] * 5]
 
 
+def test_plain_oracle_and_random_are_rows_of_every_table(source, tmp_path):
+    plan = plan_of(source, defenses=("spectral", "random"))
+    assert plan.defenses == ("spectral", "random")
+    rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU))
+    assert [row["defense"] for row in rows] == ["spectral", "random", "plain", "oracle"]
+    assert rows[2]["seconds"]["train"] == rows[0]["plain_seconds"]
+
+
 def test_clean_images_are_held_out_before_the_key_is_made(source, tmp_path):
     seen = {}
 
@@ -220,7 +228,7 @@ def test_clean_images_are_held_out_before_the_key_is_made(source, tmp_path):
         plan = plan_of(source, defenses=("curious", "plain"))
         rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path, CPU))
     reserve: Corpus = seen["reserve"]
-    assert [row["reserve_rows"] for row in rows] == [len(reserve)] * 2  # alike for all defenses
+    assert [row["reserve_rows"] for row in rows] == [len(reserve)] * 4  # alike for all defenses
     assert len(reserve) + rows[0]["test_rows"] == 80
     assert np.bincount(reserve.labels).tolist() == [5, 5, 5, 5]
     given = {image.tobytes() for image in reserve.images}
@@ -245,7 +253,7 @@ def test_ordinary_training_is_done_once_a_group(source, tmp_path):
     plan = plan_of(source, defenses=("plain", "spectral"))
     rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU, log=log))
     per_epoch = rows[0]["budget"]["train"]["steps"]
-    found = steps.count("train") - 2  # each that finds it trained sees the last step again
+    found = steps.count("train") - 4  # each row, on finding it trained, sees the last step again
     assert per_epoch <= found <= per_epoch + 1
     assert rows[1]["seconds"]["train"] == rows[0]["plain_seconds"]
     assert rows[1]["seconds_in_all"] > rows[1]["plain_seconds"]
@@ -260,7 +268,7 @@ def test_what_csc_trains_serves_the_others_and_is_what_plain_trains(source, tmp_
     quick = {"csc": {"watch.epochs": 1.0, "segregate.rule": "persistence"}}
     plan = plan_of(source, defenses=("plain", "csc"), defense=quick)
     rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU))
-    assert [row["defense"] for row in rows] == ["csc", "plain"]
+    assert [row["defense"] for row in rows] == ["csc", "plain", "oracle", "random"]
     alone = list(
         matrix.cells(plan_of(source, defenses=("plain",)), tmp_path / "r2", tmp_path / "w2", CPU)
     )
