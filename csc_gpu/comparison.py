@@ -256,14 +256,15 @@ def shown(found: Sequence[Line]) -> list[str]:
 
 
 def markdown(found: Sequence[Line], columns: Sequence[str] = ()) -> str:
-    """A table for every data set and attack, under a heading; all columns, if none are named."""
-    columns, parts = columns or shown(found), []
+    """A table for every data set and attack; the columns that it fills, if none are named."""
+    parts = list[str]()
     for (data, attack), ours in cells(found).items():
+        names = columns or shown(ours)
         parts.append(f"### {data}, {attack}\n")
-        parts.append(f"| defense | n | {' | '.join(columns)} | remark |")
-        parts.append("|---" * (len(columns) + 3) + "|")
+        parts.append(f"| defense | n | {' | '.join(names)} | remark |")
+        parts.append("|---" * (len(names) + 3) + "|")
         for line in ours:
-            cells_ = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
+            cells_ = [line.figure(name).text(DIGITS.get(name, 3)) for name in names]
             head = f"| {line.defense} | {line.n} |"
             told = line.told.replace("|", "\\|")
             parts.append(f"{head} {' | '.join(cells_)} | {told} |")
@@ -322,27 +323,28 @@ def table_csv(found: Sequence[Line]) -> str:
 STYLE = (
     "body{font:14px/1.5 system-ui,sans-serif;max-width:96rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
-    "td,th{border:1px solid #ccc;padding:.2rem .5rem;text-align:right;white-space:nowrap}"
-    "td:first-child,th:first-child,td:last-child{text-align:left}"
+    "td,th{border:1px solid #ccc;padding:.2rem .4rem;text-align:right;white-space:nowrap}"
+    "th,.words{white-space:normal}.words{text-align:left;overflow-wrap:break-word}"
+    "td.words{min-width:8rem;max-width:20rem}small{display:block;color:#555}"
     "svg{background:#fff;margin:.5rem 1rem .5rem 0}.plots{display:flex;flex-wrap:wrap}"
 )
 TURN = 137.508  # degrees of hue from one defense to the next, the golden angle: none comes twice
 WIDTH, HEIGHT, MARGIN = 480, 360, 46  # pixels of a plot
-BAR, TEXT, LETTER = 20, 11, 6  # pixels of a bar, of a line of text, of a letter
+BAR, BARS, TEXT, LETTER = 20, 200, 11, 6  # pixels of a bar, of the longest, of a line, a letter
 END = ' text-anchor="end"'
 
 
 def page(found: Sequence[Line]) -> str:
     """Tables and plots as one HTML page without a script or a file beside it."""
-    columns, body = shown(found), ["<h1>Defenses compared</h1>"]
+    body = ["<h1>Defenses compared</h1>"]
     for (data, attack), ours in cells(found).items():
         body.append(f"<h2>{html.escape(f'{data}, {attack}')}</h2>")
-        body.append(_table(ours, columns))
+        body.append(_table(ours))
         named = labelled(ours)
         plots = [
             scatter(named, "asr", "acc", "attack success", "accuracy"),
             scatter(named, "false alarms", "recall", "false alarms", "recall"),
-            bars(named, "x plain", "cost, times plain training"),
+            bars(named, "seconds", "x plain", "cost in seconds, and times plain training"),
         ]
         body.append(f'<div class="plots">{"".join(plots)}</div>')
     body.append("<p>A dot or bar is the mean over n seeds, a thin line ± standard deviation.")
@@ -366,14 +368,24 @@ def colour(number: int) -> str:
     return f"hsl({number * TURN % 360:.0f},65%,{30 + 12 * (number % 2)}%)"
 
 
-def _table(ours: Sequence[Line], columns: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(name)}" for name in ("defense", "n", *columns, "remark"))
+def _table(ours: Sequence[Line]) -> str:
+    """The columns that it has something for; the spread is below the mean, which is narrower."""
+    columns, has_remarks = shown(ours), any(line.remark for line in ours)
+    words = "".join(f"<th>{html.escape(name)}" for name in ("n", *columns))
+    head = f"<th class=words>defense{words}{'<th class=words>remark' if has_remarks else ''}"
     rows = []
     for line in ours:
-        figures = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
-        told = (line.defense, str(line.n), *figures, line.told)
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in told))
+        rows.append(f"<tr><td class=words>{_beside(line.defense, line.changed)}<td>{line.n}")
+        for name in columns:
+            mean, _, spread = line.figure(name).text(DIGITS.get(name, 3)).partition(" ")
+            rows.append(f"<td>{_beside(mean, spread)}")
+        if has_remarks:
+            rows.append(f"<td class=words>{html.escape(line.remark)}")
     return f"<table><tr>{head}{''.join(rows)}</table>"
+
+
+def _beside(text: str, more: str) -> str:
+    return html.escape(text) + (f"<small>{html.escape(more)}</small>" if more else "")
 
 
 def scatter(named: Mapping[str, Line], x: str, y: str, x_name: str, y_name: str) -> str:
@@ -438,33 +450,40 @@ def _axes(x_name: str, y_name: str) -> list[str]:
     return parts
 
 
-def bars(named: Mapping[str, Line], column: str, title: str) -> str:
-    """A bar for each line from 0 on, as SVG; nothing where no line has the figure."""
+def bars(named: Mapping[str, Line], column: str, beside: str, title: str) -> str:
+    """A bar for each line from 0 on, two figures behind it, as SVG; nothing where there is none."""
     known = [
-        (number, name, line.figure(column)) for number, (name, line) in enumerate(named.items())
+        (number, name, line.figure(column), _told(line, column, beside))
+        for number, (name, line) in enumerate(named.items())
+        if line.figure(column).values
     ]
-    known = [(number, name, figure) for number, name, figure in known if figure.values]
     if not known:
         return ""
-    most = max((figure.mean or 0) + (figure.spread or 0) for _, _, figure in known) or 1.0
-    left = LETTER * max(len(name) for _, name, _ in known) + 12
+    most = max((figure.mean or 0) + (figure.spread or 0) for _, _, figure, _ in known) or 1.0
+    left = LETTER * max(len(name) for _, name, _, _ in known) + 12
+    right = LETTER * max(len(told) for *_, told in known) + 12
     parts = [f'<text x="4" y="16" font-size="12">{title}</text>']
-    for place, (number, name, figure) in enumerate(known):
-        top, scale = 28 + place * BAR, (WIDTH - left - 90) / most
+    for place, (number, name, figure, told) in enumerate(known):
+        top, scale = 28 + place * BAR, BARS / most
         long, spread = (figure.mean or 0) * scale, (figure.spread or 0) * scale
         parts.append(
             f'<text x="{left - 6}" y="{top + 12}" font-size="10"{END}>'
             f'{html.escape(name)}</text><rect x="{left}" y="{top}" width="{long:.1f}" '
             f'height="{BAR - 5}" fill="{colour(number)}"/>'
             f'<path d="M{left + long - spread:.1f} {top + 8}h{2 * spread:.1f}" stroke="#000"/>'
-            f'<text x="{left + long + spread + 4:.1f}" y="{top + 12}" font-size="10">'
-            f"{figure.text(2)}</text>"
+            f'<text x="{left + long + spread + 4:.1f}" y="{top + 12}" font-size="10">{told}</text>'
         )
-    return _svg(40 + len(known) * BAR, parts)
+    return _svg(40 + len(known) * BAR, parts, left + BARS + right)
 
 
-def _svg(height: int, parts: Iterable[str]) -> str:
-    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+def _told(line: Line, *columns: str) -> str:
+    """Figures and what they are, those that the line has."""
+    figures = ((name, line.figure(name)) for name in columns)
+    return ", ".join(f"{f.text(DIGITS.get(name, 3))} {name}" for name, f in figures if f.values)
+
+
+def _svg(height: int, parts: Iterable[str], width: int = WIDTH) -> str:
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
 
 

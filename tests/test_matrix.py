@@ -526,7 +526,32 @@ def test_a_plot_tells_n_and_spread():
     named = comparison.labelled(comparison.lines([made(seed=0, asr=0.1), made(seed=1, asr=0.3)]))
     told = comparison.scatter(named, "asr", "acc", "x", "y")
     assert "x 0.2000 ± 0.1414, y 0.8000 ± 0.0000, n 2" in told
-    assert "3.00 ± 0.00" in comparison.bars(named, "x plain", "cost")
+    drawn = comparison.bars(named, "seconds", "x plain", "cost")
+    assert "30.0 ± 0.0 seconds, 3.00 ± 0.00 x plain" in drawn
+
+
+def test_bars_are_of_seconds_and_long_names_leave_them_their_length():
+    long = made("b" * 90, seconds_in_all=15.0, times_plain=None)
+    drawn = comparison.bars(
+        comparison.labelled(comparison.lines([made(), long])), "seconds", "x plain", "cost"
+    )
+    svg = ElementTree.fromstring(drawn)
+    widths = [float(bar.attrib["width"]) for bar in svg if bar.tag.endswith("rect")]
+    assert widths == [200.0, 100.0] and float(svg.attrib["width"]) > 740
+    assert ">15.0 seconds</text>" in drawn and ">30.0 seconds, 3.00 x plain</text>" in drawn
+
+
+def test_a_table_of_the_page_has_no_empty_column_and_says_changes_beside_the_name():
+    plain = made("plain", detection=None, attack="none", changed={"train.lr": 0.1})
+    weak = made("scan", before={"acc": 0.9, "asr": 0.2})
+    page = comparison.page(comparison.lines([made(), made(seed=1), weak, plain]))
+    first, second = (part.partition("</table>")[0] for part in page.split("<table>")[1:])
+    assert "<th>recall" in first and "<th>recall" not in second
+    assert "<th>recovered ra" not in first + second and "<th>x plain" in second
+    assert "plain<small>train.lr=0.1</small><td>1" in second
+    assert "<td>0.800<small>± 0.000</small>" in first
+    assert f"<td class=words>{comparison.NOT_TAKEN}" in first
+    assert "remark" not in second  # nobody has one
 
 
 def test_the_page_is_whole_and_its_plots_hold_every_defense(tmp_path):
