@@ -419,9 +419,10 @@ class Table:
 class Tally:
     """A log that counts what trainings cost, by stage, on any machine and under any load.
 
-    Optimiser steps, and images that went forward and back: all views and mixtures of a batch. What
-    was found trained counts as if trained now. Not counted: looks without a way back (features,
-    overlays, guesses, a teacher's attention) and the fine-tuning of a head on features (conceal).
+    Optimiser steps, and images that went forward and back: all views and mixtures of a batch, in
+    full though a head alone learns. What was found trained counts as if trained now. Not counted:
+    looks without a way back (features, overlays, guesses, a teacher's attention), and fine-tuning
+    a head on features (conceal).
     """
 
     def __init__(self, log: Log) -> None:
