@@ -42,7 +42,9 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "defe
 ATTACKS = RESULTS.with_name("attacks.jsonl")
 AGAIN = RESULTS.with_name("segregation-again.jsonl")
 MATRICES = "matrix-*.jsonl"
-SHOWN = ("acc", "asr", "ra", "recall", "false alarms", "recovered ra", "x plain")
+SHOWN = (
+    *("acc", "asr", "ra", "recall", "false alarms", "recovered ra", "x plain", "images x plain"),
+)
 """What the comparison of the defenses shows."""
 GOAL = 0.9
 """Attack success before from which on the goals of the study at the usual rate count."""

@@ -159,7 +159,7 @@ class Folder:
     def __init__(
         self, folder: Path, *, minutes: float, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._folder, self._seconds, self._now = folder, 60 * minutes, now
+        self.place, self._seconds, self._now = folder, 60 * minutes, now
         self._last = now()
         self._asked_to_stop = False
 
@@ -179,7 +179,7 @@ class Folder:
     def save(self, name: str, told: Callable[[], Record]) -> None:
         """See Checkpoints. Raises OSError where the disk is full; the last record then stands."""
         content = to_bytes(told())
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.place.mkdir(parents=True, exist_ok=True)
         path = self._path(name)
         partial = path.with_name(path.name + ".partial")
         try:
@@ -229,7 +229,7 @@ class Folder:
                 signal.signal(kind, handler)
 
     def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.safetensors"
+        return self.place / f"{name}.safetensors"
 
 
 class Following(Folder):

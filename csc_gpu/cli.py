@@ -631,7 +631,8 @@ def matrix(plan: Path, out: Path, work: Path | None, retry: bool, backend: Any) 
     """Run every defense of PLAN against every attack, data set, rate and seed.
 
     PLAN is TOML: data, attacks, defenses, rates, rates_of_target, targets, seeds, reserve, and the
-    tables [settings], [defense.NAME] and [attack.NAME]. Called again it goes on where it stopped.
+    tables [settings], [defense.NAME] and [attack.NAME]. plain, oracle and random are rows of every
+    table, named in the plan or not. Called again it goes on where it stopped.
     """
     from csc_gpu import comparison
 

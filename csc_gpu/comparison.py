@@ -14,12 +14,14 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from csc_gpu import matrix, run
 from csc_gpu.backend import Backend
-from csc_gpu.defenses import RESERVE
+from csc_gpu.config import flattened
+from csc_gpu.defenses import DEFENSES, RATE, RESERVE
 from csc_gpu.errors import CorpusError
 from csc_gpu.progress import Console
 from csc_gpu.scoring import EFFECTIVE
@@ -41,11 +43,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "recovered ra": ("recovered", "ra"),
     "seconds": ("seconds_in_all",),
     "x plain": ("times_plain",),
+    "images x plain": ("images_times_plain",),
 }
 """What a table shows, and where a row has it."""
-DIGITS = {"seconds": 1, "x plain": 2, "false alarms": 4}
+DIGITS = {"seconds": 1, "x plain": 2, "images x plain": 2, "false alarms": 4}
 ALIKE = ("data", "attack", "rate", "rate_of", "label_noise", "attack_options", "defense", "changed")
-"""Rows that agree in these differ by chance alone: seed, and with it the target."""
+"""Rows that differ in these are told apart by what a line of a table shows."""
+SETUP = ("source", "reserve", "rows", "image_size")
+"""Rows that agree in these, too, and in the settings, differ by chance alone: seed and target."""
+IMAGES = "images x plain"
 NOT_TAKEN = "attack did not take hold"
 
 
@@ -79,11 +85,17 @@ class Line:
 
     rows: tuple[Row, ...]  # those that did not fail
     failed: tuple[Row, ...]
+    apart: str = ""  # what tells it from other lines that would look the same
 
     @property
     def first(self) -> Row:
         """A row that stands for all."""
         return (*self.rows, *self.failed)[0]
+
+    @property
+    def n(self) -> int:
+        """Seeds."""
+        return len({row["seed"] for row in self.rows})
 
     @property
     def cell(self) -> tuple[str, str]:
@@ -104,8 +116,9 @@ class Line:
 
     @property
     def changed(self) -> str:
-        """Settings that are not the defaults."""
-        return " ".join(f"{name}={value}" for name, value in self.first["changed"].items())
+        """Settings that the plan gave, and what else tells it from lines that look the same."""
+        given = (f"{name}={value}" for name, value in self.first["changed"].items())
+        return " ".join((*given, *filter(None, [self.apart])))
 
     @property
     def told(self) -> str:
@@ -113,9 +126,13 @@ class Line:
         return "; ".join(part for part in (self.remark, self.changed) if part)
 
     def figure(self, column: str) -> Figure:
-        """One column over the seeds."""
-        found = (_at(row, COLUMNS[column]) for row in self.rows)
-        return Figure(tuple(float(value) for value in found if value is not None))
+        """One column over the seeds; of one that is there twice, with two targets, the mean."""
+        found: dict[int, list[float]] = {}
+        for row in self.rows:
+            value = _at(row, COLUMNS[column])
+            if value is not None:
+                found.setdefault(row["seed"], []).append(float(value))
+        return Figure(tuple(statistics.fmean(values) for values in found.values()))
 
     @property
     def remark(self) -> str:
@@ -132,16 +149,58 @@ class Line:
 def lines(rows: Iterable[Row]) -> list[Line]:
     """Rows gathered over seeds, in the order in which they first come; of a key the last counts."""
     last = {row["key"]: row for row in rows}
-    kinds: dict[str, list[Row]] = {}
+    looks: dict[str, list[tuple[dict[str, Any], list[Row]]]] = {}  # lines that look the same
     for row in last.values():
-        kinds.setdefault(json.dumps([row[name] for name in ALIKE], sort_keys=True), []).append(row)
+        same = looks.setdefault(json.dumps([row[name] for name in ALIKE], sort_keys=True), [])
+        ours = made_with(row)
+        fitting = (
+            (told, members)
+            for told, members in same
+            if all(told[name] == ours[name] for name in told.keys() & ours.keys())
+        )
+        told, members = next(fitting, ({}, []))
+        if not members:
+            same.append((told, members))
+        told |= ours  # a row that failed may say less
+        members.append(row)
     return [
         Line(
-            tuple(row for row in alike if not row["error"]),
-            tuple(row for row in alike if row["error"]),
+            tuple(row for row in members if not row["error"]),
+            tuple(row for row in members if row["error"]),
+            _apart(told, [other for other, _ in same]),
         )
-        for alike in kinds.values()
+        for same in looks.values()
+        for told, members in same
     ]
+
+
+def made_with(row: Row) -> dict[str, Any]:
+    """What a row says of its corpus and settings, those that came later as they are now unless set.
+
+    Settings of the machine are left out, and a rate that was told, as it follows from the corpus.
+    """
+    told = {name: row[name] for name in SETUP if name in row}
+    if "settings" not in row:
+        return told
+    settings = _usual(row["defense"]) | row["settings"]
+    if row.get("told_rate") is not None:
+        settings.pop(f"{row['defense']}.{RATE}", None)
+    return told | {
+        name: value for name, value in settings.items() if not name.startswith(matrix.ELSEWHERE)
+    }
+
+
+@cache
+def _usual(defense: str) -> Mapping[str, Any]:
+    """A defense's settings as they are now, none of one that is not there any more."""
+    name = "plain" if defense in matrix.TOLD else defense
+    return flattened(DEFENSES[name].settings()) if name in DEFENSES else {}
+
+
+def _apart(told: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> str:
+    """NAME=VALUE of all in which one of the others differs."""
+    differs = {name for other in others for name in other if told.get(name) != other[name]}
+    return " ".join(f"{name}={value}" for name, value in told.items() if name in differs)
 
 
 def write(source: Path, out: Path) -> list[Path]:
@@ -197,15 +256,16 @@ def shown(found: Sequence[Line]) -> list[str]:
 
 
 def markdown(found: Sequence[Line], columns: Sequence[str] = ()) -> str:
-    """A table for every data set and attack, under a heading; all columns, if none are named."""
-    columns, parts = columns or shown(found), []
+    """A table for every data set and attack; the columns that it fills, if none are named."""
+    parts = list[str]()
     for (data, attack), ours in cells(found).items():
+        names = columns or shown(ours)
         parts.append(f"### {data}, {attack}\n")
-        parts.append(f"| defense | n | {' | '.join(columns)} | remark |")
-        parts.append("|---" * (len(columns) + 3) + "|")
+        parts.append(f"| defense | n | {' | '.join(names)} | remark |")
+        parts.append("|---" * (len(names) + 3) + "|")
         for line in ours:
-            cells_ = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
-            head = f"| {line.defense} | {len(line.rows)} |"
+            cells_ = [line.figure(name).text(DIGITS.get(name, 3)) for name in names]
+            head = f"| {line.defense} | {line.n} |"
             told = line.told.replace("|", "\\|")
             parts.append(f"{head} {' | '.join(cells_)} | {told} |")
         parts.append("")
@@ -218,8 +278,14 @@ def notes(found: Sequence[Line]) -> list[str]:
     told = [
         "Means over n seeds ± standard deviation; a single run has none. asr and ra leave out "
         "images of the target class; a virtual prediction is an error on clean images.",
-        "x plain: seconds of everything a defense does over those of ordinary training.",
+        "x plain: seconds of everything a defense does over those of ordinary training: of the "
+        "processor, or of the wall clock where a row has no others.",
     ]
+    if any(_at(row, COLUMNS[IMAGES]) is not None for row in rows):
+        told.append(
+            f"{IMAGES}: images that its trainings take forward and back, over those of ordinary "
+            "training; looks at images without a way back are not counted."
+        )
     if any(row["told_rate"] for row in rows):
         told.append("* was told the true poisoning rate; oracle was told the poison itself.")
     if any(RESERVE in row["needs"] for row in rows):
@@ -248,9 +314,7 @@ def table_csv(found: Sequence[Line]) -> str:
     for line in found:
         figures = [line.figure(name) for name in COLUMNS]
         values = [_number(v) for f in figures for v in (f.mean, f.spread, len(f.values))]
-        writer.writerow(
-            (*line.cell, line.defense, line.changed, len(line.rows), *values, line.remark)
-        )
+        writer.writerow((*line.cell, line.defense, line.changed, line.n, *values, line.remark))
     return file.getvalue()
 
 
@@ -259,27 +323,28 @@ def table_csv(found: Sequence[Line]) -> str:
 STYLE = (
     "body{font:14px/1.5 system-ui,sans-serif;max-width:96rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}"
-    "td,th{border:1px solid #ccc;padding:.2rem .5rem;text-align:right;white-space:nowrap}"
-    "td:first-child,th:first-child,td:last-child{text-align:left}"
+    "td,th{border:1px solid #ccc;padding:.2rem .4rem;text-align:right;white-space:nowrap}"
+    "th,.words{white-space:normal}.words{text-align:left;overflow-wrap:break-word}"
+    "td.words{min-width:8rem;max-width:20rem}small{display:block;color:#555}"
     "svg{background:#fff;margin:.5rem 1rem .5rem 0}.plots{display:flex;flex-wrap:wrap}"
 )
 TURN = 137.508  # degrees of hue from one defense to the next, the golden angle: none comes twice
 WIDTH, HEIGHT, MARGIN = 480, 360, 46  # pixels of a plot
-BAR, TEXT, LETTER = 20, 11, 6  # pixels of a bar, of a line of text, of a letter
+BAR, BARS, TEXT, LETTER = 20, 200, 11, 6  # pixels of a bar, of the longest, of a line, a letter
 END = ' text-anchor="end"'
 
 
 def page(found: Sequence[Line]) -> str:
     """Tables and plots as one HTML page without a script or a file beside it."""
-    columns, body = shown(found), ["<h1>Defenses compared</h1>"]
+    body = ["<h1>Defenses compared</h1>"]
     for (data, attack), ours in cells(found).items():
         body.append(f"<h2>{html.escape(f'{data}, {attack}')}</h2>")
-        body.append(_table(ours, columns))
+        body.append(_table(ours))
         named = labelled(ours)
         plots = [
             scatter(named, "asr", "acc", "attack success", "accuracy"),
             scatter(named, "false alarms", "recall", "false alarms", "recall"),
-            bars(named, "x plain", "cost, times plain training"),
+            bars(named, "seconds", "x plain", "cost in seconds, and times plain training"),
         ]
         body.append(f'<div class="plots">{"".join(plots)}</div>')
     body.append("<p>A dot or bar is the mean over n seeds, a thin line ± standard deviation.")
@@ -303,14 +368,24 @@ def colour(number: int) -> str:
     return f"hsl({number * TURN % 360:.0f},65%,{30 + 12 * (number % 2)}%)"
 
 
-def _table(ours: Sequence[Line], columns: Sequence[str]) -> str:
-    head = "".join(f"<th>{html.escape(name)}" for name in ("defense", "n", *columns, "remark"))
+def _table(ours: Sequence[Line]) -> str:
+    """The columns that it has something for; the spread is below the mean, which is narrower."""
+    columns, has_remarks = shown(ours), any(line.remark for line in ours)
+    words = "".join(f"<th>{html.escape(name)}" for name in ("n", *columns))
+    head = f"<th class=words>defense{words}{'<th class=words>remark' if has_remarks else ''}"
     rows = []
     for line in ours:
-        figures = [line.figure(name).text(DIGITS.get(name, 3)) for name in columns]
-        told = (line.defense, str(len(line.rows)), *figures, line.told)
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in told))
+        rows.append(f"<tr><td class=words>{_beside(line.defense, line.changed)}<td>{line.n}")
+        for name in columns:
+            mean, _, spread = line.figure(name).text(DIGITS.get(name, 3)).partition(" ")
+            rows.append(f"<td>{_beside(mean, spread)}")
+        if has_remarks:
+            rows.append(f"<td class=words>{html.escape(line.remark)}")
     return f"<table><tr>{head}{''.join(rows)}</table>"
+
+
+def _beside(text: str, more: str) -> str:
+    return html.escape(text) + (f"<small>{html.escape(more)}</small>" if more else "")
 
 
 def scatter(named: Mapping[str, Line], x: str, y: str, x_name: str, y_name: str) -> str:
@@ -318,7 +393,7 @@ def scatter(named: Mapping[str, Line], x: str, y: str, x_name: str, y_name: str)
     dots, places = list[str](), list[tuple[float, float, str, str]]()
     across, up = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN  # pixels of 1
     for number, (name, line) in enumerate(named.items()):
-        right, high, n = line.figure(x), line.figure(y), len(line.rows)
+        right, high, n = line.figure(x), line.figure(y), line.n
         if right.mean is None or high.mean is None:
             continue
         left, top = MARGIN + right.mean * across, HEIGHT - MARGIN - high.mean * up
@@ -375,33 +450,40 @@ def _axes(x_name: str, y_name: str) -> list[str]:
     return parts
 
 
-def bars(named: Mapping[str, Line], column: str, title: str) -> str:
-    """A bar for each line from 0 on, as SVG; nothing where no line has the figure."""
+def bars(named: Mapping[str, Line], column: str, beside: str, title: str) -> str:
+    """A bar for each line from 0 on, two figures behind it, as SVG; nothing where there is none."""
     known = [
-        (number, name, line.figure(column)) for number, (name, line) in enumerate(named.items())
+        (number, name, line.figure(column), _told(line, column, beside))
+        for number, (name, line) in enumerate(named.items())
+        if line.figure(column).values
     ]
-    known = [(number, name, figure) for number, name, figure in known if figure.values]
     if not known:
         return ""
-    most = max((figure.mean or 0) + (figure.spread or 0) for _, _, figure in known) or 1.0
-    left = LETTER * max(len(name) for _, name, _ in known) + 12
+    most = max((figure.mean or 0) + (figure.spread or 0) for _, _, figure, _ in known) or 1.0
+    left = LETTER * max(len(name) for _, name, _, _ in known) + 12
+    right = LETTER * max(len(told) for *_, told in known) + 12
     parts = [f'<text x="4" y="16" font-size="12">{title}</text>']
-    for place, (number, name, figure) in enumerate(known):
-        top, scale = 28 + place * BAR, (WIDTH - left - 90) / most
+    for place, (number, name, figure, told) in enumerate(known):
+        top, scale = 28 + place * BAR, BARS / most
         long, spread = (figure.mean or 0) * scale, (figure.spread or 0) * scale
         parts.append(
             f'<text x="{left - 6}" y="{top + 12}" font-size="10"{END}>'
             f'{html.escape(name)}</text><rect x="{left}" y="{top}" width="{long:.1f}" '
             f'height="{BAR - 5}" fill="{colour(number)}"/>'
             f'<path d="M{left + long - spread:.1f} {top + 8}h{2 * spread:.1f}" stroke="#000"/>'
-            f'<text x="{left + long + spread + 4:.1f}" y="{top + 12}" font-size="10">'
-            f"{figure.text(2)}</text>"
+            f'<text x="{left + long + spread + 4:.1f}" y="{top + 12}" font-size="10">{told}</text>'
         )
-    return _svg(40 + len(known) * BAR, parts)
+    return _svg(40 + len(known) * BAR, parts, left + BARS + right)
 
 
-def _svg(height: int, parts: Iterable[str]) -> str:
-    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
+def _told(line: Line, *columns: str) -> str:
+    """Figures and what they are, those that the line has."""
+    figures = ((name, line.figure(name)) for name in columns)
+    return ", ".join(f"{f.text(DIGITS.get(name, 3))} {name}" for name, f in figures if f.values)
+
+
+def _svg(height: int, parts: Iterable[str], width: int = WIDTH) -> str:
+    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(parts)}</svg>'
 
 

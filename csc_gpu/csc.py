@@ -253,6 +253,7 @@ def conclude(
         recovered,
         segregate.drawing(learnt.sightings, suspect, settings.segregate, backend),
         corpus.paths,
+        clock.cpu_seconds,
     )
 
 
@@ -335,24 +336,30 @@ def fresh_model(corpus: Corpus, settings: Common, backend: Backend, *, seed: int
 
 
 class Stopwatch:
-    """Wall seconds of each stage; a stage inside another counts for itself only."""
+    """Wall and processor seconds of each stage; a stage in another counts for itself only."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}  # of no stage where the backend knows none
         self._open: list[str] = []
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), self._backend.cpu_seconds()
         self._open.append(stage)
         try:
             with self._backend.stage(stage):
                 yield
         finally:
-            took = time.perf_counter() - start
+            took, now = time.perf_counter() - start, self._backend.cpu_seconds()
             self._open.pop()
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + took
-            if self._open:
-                outer = self._open[-1]
-                self.seconds[outer] = self.seconds.get(outer, 0.0) - took
+            self._book(self.seconds, stage, took)
+            if used is not None and now is not None:
+                self._book(self.cpu_seconds, stage, now - used)
+
+    def _book(self, seconds: dict[str, float], stage: str, took: float) -> None:
+        seconds[stage] = seconds.get(stage, 0.0) + took
+        if self._open:
+            outer = self._open[-1]
+            seconds[outer] = seconds.get(outer, 0.0) - took

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from csc_gpu import attacks, csc, data, evaluate, pipeline, run, sources
+from csc_gpu import attacks, csc, data, evaluate, pipeline, run, sources, train
 from csc_gpu.backend import Backend
 from csc_gpu.backend.doctor import describe
 from csc_gpu.checkpoint import NOWHERE, Checkpoints, Folder, Record, fact
@@ -29,15 +29,18 @@ from csc_gpu.config import flattened, override, read_toml, require
 from csc_gpu.data.holdout import held_out
 from csc_gpu.defenses import DEFENSES, RATE, RESERVE
 from csc_gpu.defenses.course import PLAIN, Course, verdict
-from csc_gpu.errors import ConfigError, CscError, Interrupted
-from csc_gpu.train import budget
+from csc_gpu.errors import ConfigError, CscError, Interrupted, OutputError
 from csc_gpu.types import AnswerKey, Corpus, DefenderView, Log, Mask, Outcome, Split, quiet
 
-ORACLE, RANDOM = "oracle", "random"
+ORACLE, RANDOM = TOLD = "oracle", "random"
 WATCHES = "csc"
 """The defense that looks at its training, and so cannot start from a trained net."""
-SECONDS = "seconds"
-"""The record that tells how long ordinary training took."""
+CONTROLS = ("plain", *TOLD)
+"""Rows of every table."""
+SECONDS, CPU_SECONDS = "seconds", "cpu seconds"
+"""The record that tells how long ordinary training took, and what else it tells."""
+CORPUS = "corpus"
+"""The record that tells which images and labels the others are of."""
 ELSEWHERE = ("gpu.", "checkpoint.", "features.spill")
 """Settings of the machine: they do not tell cells apart."""
 
@@ -54,7 +57,8 @@ class Plan:
     attacks: tuple[str, ...] = ("none", "badnets", "blend")
     """By name: csc-gpu attacks lists them."""
     defenses: tuple[str, ...] = ("plain", "oracle", "random", "csc", "ac", "spectral")
-    """By name: csc-gpu defenses lists them; oracle and random besides."""
+    """By name: csc-gpu defenses lists them. plain, oracle and random are rows of every table, named
+    here or not."""
     rates: tuple[float, ...] = (0.05,)
     """Shares of all rows that are poisoned, for attacks that change labels."""
     rates_of_target: tuple[float, ...] = (0.5,)
@@ -89,6 +93,11 @@ class Plan:
             if name not in attacks.ATTACKS:
                 known = ", ".join(attacks.ATTACKS)
                 raise ConfigError(f"plan.attacks: unknown attack {name!r}; there are {known}")
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Its defenses, and the rows of every table behind those that it does not name."""
+        return tuple(dict.fromkeys((*self.defenses, *CONTROLS)))
 
 
 TABLES = ("settings", "defense", "attack")
@@ -191,7 +200,8 @@ def cells(
     """Run every cell that `out` has no line of, append its line, and yield it.
 
     With `retry` those that failed are run again. Raises ConfigError before anything is run if a
-    defense or an attack refuses its settings, OutputError if another process works in `work`.
+    defense or an attack refuses its settings; OutputError if another process works in `work`, or
+    what is there was made of other images.
     """
     with run.locked(work):
         yield from _cells(plan, out, work, backend, retry=retry, log=log)
@@ -203,19 +213,21 @@ def _cells(
     wanted = list(groups(plan))
     for group in wanted:
         group.settings()
-    for defense in plan.defenses:
+    for defense in plan.compared:
         _settings(plan, defense, 0.0, backend)
     end_line(out)
     done = {line["key"] for line in read_rows(out) if not (retry and line["error"])}
     for group in wanted:
-        todo = [name for name in plan.defenses if _key(plan, group, name, backend) not in done]
+        todo = [name for name in plan.compared if _key(plan, group, name, backend) not in done]
         if not todo:
             continue
         place = work / _digest(group.about | {"settings": _shared_settings(plan, backend)})
         table: Table | str
         try:
             table = Table.laid(plan, group, place, backend, log)
-        except Interrupted:
+            table.require_known()
+            table.warm()
+        except (Interrupted, OutputError):
             raise
         except Exception as fault:  # a line says so; the next group may do better
             table = _told(fault)
@@ -225,6 +237,45 @@ def _cells(
             line |= {"error": table} if isinstance(table, str) else table.row(defense, log)
             append(out, line)
             yield line
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a defense took, stage by stage."""
+
+    seconds: Mapping[str, float]  # of the wall clock
+    cpu_seconds: Mapping[str, float]  # of the processor, all threads; of no stage where unknown
+
+    def rounded(self) -> dict[str, Any]:
+        """As a row has it."""
+        return {
+            "seconds": {stage: round(took, 3) for stage, took in self.seconds.items()},
+            "cpu_seconds": {stage: round(took, 3) for stage, took in self.cpu_seconds.items()},
+            "seconds_in_all": round(sum(self.seconds.values()), 3),
+        }
+
+
+@dataclass(frozen=True)
+class Undefended:
+    """What ordinary training gives, and takes."""
+
+    score: evaluate.Score
+    seconds: float
+    cpu_seconds: float | None  # None on a GPU, and in a folder of work from before they were told
+    images: int  # that went forward and back
+
+    def instead(self, cost: Cost) -> Cost:
+        """The cost of a defense that found the net trained: of its training, what that took."""
+        cpu = {stage: took for stage, took in cost.cpu_seconds.items() if stage != PLAIN}
+        ours = {} if self.cpu_seconds is None else {PLAIN: self.cpu_seconds}
+        return Cost({**cost.seconds, PLAIN: self.seconds}, ours | cpu)
+
+    def times(self, cost: Cost) -> float | None:
+        """How often this training's time a defense takes: the processor's, which another process
+        beside it does not stretch, if that is known of all; else the wall clock's."""
+        if self.cpu_seconds and cost.cpu_seconds.keys() == cost.seconds.keys():
+            return sum(cost.cpu_seconds.values()) / self.cpu_seconds
+        return sum(cost.seconds.values()) / self.seconds if self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -238,6 +289,7 @@ class Table:
     trusted: Corpus
     folder: Folder
     backend: Backend
+    images: str  # what tells them, and their labels, from all others
 
     @staticmethod
     def laid(plan: Plan, group: Group, place: Path, backend: Backend, log: Log) -> Table:
@@ -249,10 +301,33 @@ class Table:
         split = data.checked(
             replace(split, test=split.test.take(np.flatnonzero(~is_kept))), group.data
         )
-        trigger = attacks.ready(split, group.plan, group.settings(), backend, log)
+        how = group.settings()
+        trigger = attacks.ready(split, group.plan, how, backend, log)
         poisoned, key = attacks.poison(split, trigger)
+        # a trigger that is learnt again may differ in a rounding
+        images = _contents(split if trigger.attack.learns(how) else poisoned)
         folder = Folder(place, minutes=common.checkpoint.minutes)
-        return Table(plan, group, poisoned, key, trusted, folder, backend)
+        return Table(plan, group, poisoned, key, trusted, folder, backend, images)
+
+    def require_known(self) -> None:
+        """Put down what the images and labels are, or raise OutputError if they were others."""
+        now, was = self.images, self.folder.load(CORPUS)
+        if was is None:  # new, or from before this was put down
+            self.folder.save(CORPUS, lambda: Record({}, {CORPUS: now}))
+        elif fact(was, CORPUS, str) != now:
+            raise OutputError(
+                f"{self.group.source} has other images or labels than when the nets and scores in "
+                f"{self.folder.place} were made; give another --work, or the images of then"
+            )
+
+    def warm(self) -> None:
+        """Take a throw-away step: what torch does once in a process is no defense's cost."""
+        settings, corpus = _settings(self.plan, "plain", 0.0, self.backend), self.split.train
+        few = corpus.take(np.arange(min(settings.train.batch, len(corpus))))
+        short = replace(settings.train, epochs=1, min_steps=0)
+        net = csc.fresh_model(few, settings, self.backend, seed=0)
+        for _ in train.train(net, few, short, self.backend, seed=0):
+            pass
 
     def row(self, defense: str, log: Log) -> dict[str, Any]:
         """What a defense does to this corpus; its error, if it fails."""
@@ -271,18 +346,18 @@ class Table:
         view = DefenderView(self.split.train, self.trusted if RESERVE in needs else None)
         shares = flattened(settings.train) == _shared_settings(self.plan, backend)
         kept = Ordinary(self.folder, leads=defense == WATCHES) if shares else NOWHERE
-        how: dict[str, Any] = {"seed": seed, "log": log, "kept": kept}
+        tally = Tally(log)
+        how: dict[str, Any] = {"seed": seed, "log": tally, "kept": kept}
         if defense in DEFENSES:
             outcome = DEFENSES[defense].run(view, settings, backend, **how)
         else:
             outcome = told_the_truth(defense, view, settings, backend, key.is_poison, **how)
         if isinstance(kept, Ordinary) and kept.made and PLAIN in outcome.seconds:
-            self._tell_seconds(outcome.seconds[PLAIN])
-        before, plain_seconds = self._undefended(log)
-        seconds = dict(outcome.seconds)
+            self._tell_seconds(outcome)
+        plain, cost = self._undefended(log), Cost(outcome.seconds, outcome.cpu_seconds)
         if isinstance(kept, Ordinary) and kept.found:
-            seconds[PLAIN] = plain_seconds
-        spent = sum(seconds.values())
+            cost = plain.instead(cost)
+        times = plain.times(cost)
         found, n_classes = outcome.segregation, outcome.n_classes
 
         def scored(net: Any) -> evaluate.Score:
@@ -291,15 +366,18 @@ class Table:
         return {
             "needs": list(needs),
             "told_rate": true_rate if _is_told(self.plan, defense, true_rate) else None,
-            "before": before,
+            "before": plain.score,
             "after": scored(outcome.model),
             "recovered": scored(outcome.recovered.model) if outcome.recovered else None,
             "detection": evaluate.detection(found.suspect, found.score, key) if found else None,
             "notes": run.plain(found.notes) if found else None,
-            "seconds": {stage: round(took, 3) for stage, took in seconds.items()},
-            "seconds_in_all": round(spent, 3),
-            "plain_seconds": round(plain_seconds, 3),
-            "times_plain": round(spent / plain_seconds, 4) if plain_seconds else None,
+            **cost.rounded(),
+            "plain_seconds": round(plain.seconds, 3),
+            "plain_cpu_seconds": plain.cpu_seconds and round(plain.cpu_seconds, 3),
+            "times_plain": times and round(times, 4),
+            "budget": tally.budget,
+            "plain_images": plain.images,
+            "images_times_plain": round(tally.images / plain.images, 4),
             "counts": dict(key.recipe["counts"]),
             "rows": len(self.split.train),
             "test_rows": len(key.test),
@@ -307,19 +385,18 @@ class Table:
             "classes": n_classes,
             "n_outputs": outcome.model.n_outputs,
             "image_size": list(self.split.train.image_size),
-            "epochs": budget(len(self.split.train), settings.train).epochs,
-            "optimiser_steps": budget(len(self.split.train), settings.train).steps,
             "settings": _telling(settings),
         }
 
-    def _undefended(self, log: Log) -> tuple[evaluate.Score, float]:
-        """The score of ordinary training, and its seconds; it is trained if nobody did yet."""
+    def _undefended(self, log: Log) -> Undefended:
+        """Ordinary training, done now if nobody did yet."""
         settings = _settings(self.plan, "plain", 0.0, self.backend)
         kept = Ordinary(self.folder)
-        view, seed = DefenderView(self.split.train), self.group.plan.seed
-        outcome = DEFENSES["plain"].run(view, settings, self.backend, seed=seed, log=log, kept=kept)
+        view, tally = DefenderView(self.split.train), Tally(log)
+        how: dict[str, Any] = {"seed": self.group.plan.seed, "log": tally, "kept": kept}
+        outcome = DEFENSES["plain"].run(view, settings, self.backend, **how)
         if not kept.found:
-            self._tell_seconds(outcome.seconds[PLAIN])
+            self._tell_seconds(outcome)
         known = self.folder.load("score")
         if known is None or not kept.found:
             score = evaluate.accuracy_and_attack(
@@ -328,10 +405,50 @@ class Table:
             known = Record({}, {"score": run.plain(score)})
             self.folder.save("score", lambda: known)
         took = self.folder.load(SECONDS)
-        return fact(known, "score", dict), fact(took, SECONDS, float) if took else 0.0
+        seconds = fact(took, SECONDS, float) if took else 0.0
+        cpu = fact(took, CPU_SECONDS, float) if took and CPU_SECONDS in took.facts else None
+        return Undefended(fact(known, "score", dict), seconds, cpu, tally.images)
 
-    def _tell_seconds(self, seconds: float) -> None:
-        self.folder.save(SECONDS, lambda: Record({}, {SECONDS: seconds}))
+    def _tell_seconds(self, outcome: Outcome) -> None:
+        told = {SECONDS: outcome.seconds[PLAIN]}
+        if PLAIN in outcome.cpu_seconds:
+            told[CPU_SECONDS] = outcome.cpu_seconds[PLAIN]
+        self.folder.save(SECONDS, lambda: Record({}, told))
+
+
+class Tally:
+    """A log that counts what trainings cost, by stage, on any machine and under any load.
+
+    Optimiser steps, and images that went forward and back: all views and mixtures of a batch, in
+    full though a head alone learns. What was found trained counts as if trained now. Not counted:
+    looks without a way back (features, overlays, guesses, a teacher's attention), and fine-tuning
+    a head on features (conceal).
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._last: dict[str, tuple[int, int]] = {}  # of the training that a stage is in
+        self.budget: dict[str, dict[str, int]] = {}
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """See Log."""
+        if event == "step":
+            self._count(fields["stage"], fields["at"])
+        self._log(event, **fields)
+
+    def _count(self, stage: str, at: train.Moment) -> None:
+        steps, images = self._last.get(stage, (0, 0))
+        if at.step <= steps:  # another training of that name
+            steps = images = 0
+        spent = self.budget.setdefault(stage, {"steps": 0, "images": 0})
+        spent["steps"] += at.step - steps
+        spent["images"] += at.images - images
+        self._last[stage] = at.step, at.images
+
+    @property
+    def images(self) -> int:
+        """Of all stages."""
+        return sum(spent["images"] for spent in self.budget.values())
 
 
 class Ordinary:
@@ -445,6 +562,7 @@ def _line(plan: Plan, group: Group, defense: str, backend: Backend) -> dict[str,
         **group.about,
         "defense": defense,
         "changed": changes_of(plan, defense, 0.0),
+        "settings": _telling(_settings(plan, defense, 0.0, backend)),
         "error": None,
         "backend": backend.name,
         "machine": backend.machine,
@@ -463,6 +581,16 @@ def _key(plan: Plan, group: Group, defense: str, backend: Backend) -> str:
 def _digest(about: Mapping[str, Any]) -> str:
     text = json.dumps(run.plain(about), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _contents(split: Split) -> str:
+    """A digest of the images and labels of both parts."""
+    told = hashlib.sha256()
+    for part in (split.train, split.test):
+        told.update(f"{part.images.shape}".encode())
+        told.update(part.images.tobytes())
+        told.update(part.labels.astype("<i8").tobytes())
+    return told.hexdigest()[:16]
 
 
 def _settings(plan: Plan, defense: str, true_rate: float, backend: Backend) -> csc.Common:

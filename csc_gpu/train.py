@@ -104,6 +104,7 @@ class Moment:
     lr: float
     budget: Budget
     rows: int = 0  # in a pass; 0: not told
+    images: int = 0  # that went forward and back so far: an image seen twice in a step counts twice
 
 
 def budget(n_rows: int, settings: Settings) -> Budget:
@@ -150,6 +151,18 @@ def falling(*epochs: int, by: float = 0.1) -> Rate:
     return rate
 
 
+class Counted:
+    """A forward pass that counts the images a loss goes back through; other looks cost less."""
+
+    def __init__(self, forward: Forward, images: int) -> None:
+        self._forward, self.images = forward, images
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See Forward."""
+        self.images += len(images) if torch.is_grad_enabled() else 0
+        return self._forward(images)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """How a training differs from the ordinary one; parameters that need no gradient stay."""
@@ -194,7 +207,7 @@ def train(
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     optimiser = (method.optimiser or usual_optimiser(settings, backend))(learning)
     rate = method.rate or usual_rate(settings)
-    step, before = 0, kept.load(name)
+    step, images, before = 0, 0, kept.load(name)
     if before is not None:
         restore(before, model, optimiser, rng)
         step, lr, loss = (
@@ -204,8 +217,10 @@ def train(
         )
         if not 0 < step <= plan.steps or loss.ndim:
             raise damaged(f"step {step} of {plan.steps}, loss of shape {tuple(loss.shape)}")
-        yield Moment(step, step / plan.steps_per_epoch, loss, lr, plan, len(rows))
-    ranks, forward = backend.ranks, backend.ranks.parallel(model)
+        images = round(step * len(rows) / plan.steps_per_epoch)
+        images = fact(before, "images", int) if "images" in before.facts else images
+        yield Moment(step, step / plan.steps_per_epoch, loss, lr, plan, len(rows), images)
+    ranks, forward = backend.ranks, Counted(backend.ranks.parallel(model), images)
     first, done = divmod(step, plan.steps_per_epoch)
     for epoch in range(first, plan.epochs):
         drawn_from = rng.bit_generator.state
@@ -220,15 +235,18 @@ def train(
             model.train()
             with backend.precision():
                 loss = method.objective(forward, batch, step)
+            images = max(forward.images, images + len(batch.rows))  # some have a pass of their own
+            forward.images = images
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             ended = step % plan.steps_per_epoch == 0
             if ended or step in keep_at or kept.is_due():
                 state = rng.bit_generator.state if ended else drawn_from
-                facts = {"step": step, "lr": lr, "random": state}
+                facts = {"step": step, "lr": lr, "random": state, "images": images}
                 kept.save(name, partial(record, model, optimiser, loss.detach(), facts))
-            yield Moment(step, step / plan.steps_per_epoch, loss.detach(), lr, plan, len(rows))
+            now = step / plan.steps_per_epoch
+            yield Moment(step, now, loss.detach(), lr, plan, len(rows), images)
 
 
 def require_enough(n_rows: int, model: nn.Module, name: str) -> None:

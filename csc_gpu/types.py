@@ -229,6 +229,7 @@ class Outcome:
     recovered: Any = None  # recover.Recovered, if it was asked for
     drawing: Drawing | None = None  # for the report, if anything was clustered
     paths: tuple[str, ...] = ()  # N names of the rows, relative to the source; of csc alone
+    cpu_seconds: Mapping[str, float] = field(default_factory=dict)  # of each stage, where known
 
     @property
     def suspects(self) -> tuple[str, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +42,7 @@ def test_to_defend_is_to_learn_and_to_conclude():
     clock = csc.Stopwatch(CPU)
     learnt = csc.learn(corpus, how, CPU, clock, seed=1)
     assert same_weights(learnt.model, whole.undefended)
-    assert set(clock.seconds) == {"train", "features", "cluster"}
+    assert set(clock.seconds) == {"train", "features", "cluster"} == set(clock.cpu_seconds)
     parts = csc.conclude(learnt, corpus, how, CPU, clock, seed=1)
     assert whole.segregation.suspect.any()
     np.testing.assert_array_equal(whole.segregation.suspect, parts.segregation.suspect)
@@ -48,10 +51,22 @@ def test_to_defend_is_to_learn_and_to_conclude():
     assert same_weights(whole.recovered.model, parts.recovered.model)
     assert (whole.recovered.without == parts.recovered.without).all()
     assert (whole.recovered.without >= whole.segregation.suspect).all()
-    assert whole.seconds.keys() == parts.seconds.keys()
+    assert whole.seconds.keys() == parts.seconds.keys() == parts.cpu_seconds.keys()
     assert whole.snapshots.keys() == parts.snapshots.keys() == {"features", "epoch", "final"}
     for name, kept in whole.snapshots.items():
         np.testing.assert_array_equal(kept, parts.snapshots[name])
+
+
+def test_a_stage_in_another_counts_for_itself_alone_also_in_processor_seconds():
+    told = iter([0.0, 1.0, 4.0, 10.0])
+    clock = csc.Stopwatch(SimpleNamespace(stage=nullcontext, cpu_seconds=lambda: next(told)))
+    with clock("train"), clock("features"):
+        pass
+    assert clock.cpu_seconds == {"features": 3.0, "train": 7.0}
+    clock = csc.Stopwatch(SimpleNamespace(stage=nullcontext, cpu_seconds=lambda: None))  # a GPU
+    with clock("train"):
+        pass
+    assert clock.cpu_seconds == {} and set(clock.seconds) == {"train"}
 
 
 def test_what_was_learnt_may_be_judged_by_another_rule():

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from csc_gpu import comparison, matrix, run
 from csc_gpu.backend import open_backend
+from csc_gpu.checkpoint import Record, to_bytes
 from csc_gpu.cli import cli
 from csc_gpu.defenses import DEFENSES, Entry
 from csc_gpu.errors import ConfigError, CorpusError, OutputError, Terminated
+from csc_gpu.train import Budget, Moment
 from csc_gpu.types import Corpus
 from tests.test_defenses import clean
 
@@ -114,8 +119,11 @@ def test_there_is_a_line_a_cell_with_its_scores_costs_and_settings(ran):
         assert row["error"] is None
         assert row["before"]["counts"]["acc"][1] == row["test_rows"]
         assert row["plain_seconds"] > 0 and row["times_plain"] > 0
+        assert row["cpu_seconds"].keys() == row["seconds"].keys()
+        spent = sum(row["cpu_seconds"].values()) / row["plain_cpu_seconds"]
+        assert row["times_plain"] == pytest.approx(spent, rel=0.05)  # seconds have three digits
         assert row["settings"]["train.epochs"] == 1 and "gpu.memory" not in row["settings"]
-        assert {"commit", "versions", "machine", "optimiser_steps"} <= set(row)
+        assert {"commit", "versions", "machine"} <= set(row)
     plain, oracle, random, spectral = rows
     assert plain["before"] == plain["after"] and plain["detection"] is None
     assert plain["times_plain"] == 1.0
@@ -124,6 +132,86 @@ def test_there_is_a_line_a_cell_with_its_scores_costs_and_settings(ran):
     assert flagged == [16, 16] and random["detection"]["tpr"] < 1
     assert spectral["told_rate"] == 0.1 and spectral["settings"]["spectral.rate"] == 0.1
     assert oracle["told_rate"] is None
+
+
+def test_a_line_says_by_stage_what_its_trainings_took(ran):
+    plain, oracle, _, spectral = ran[0]
+    assert plain["budget"] == {"train": {"steps": 5, "images": 160}}
+    assert plain["plain_images"] == 160 and plain["images_times_plain"] == 1.0
+    assert oracle["budget"] == {"retrain": {"steps": 5, "images": 144}}  # 16 of 160 were poison
+    left = 160 - spectral["detection"]["counts"]["flagged"][0]
+    assert spectral["budget"]["train"] == plain["budget"]["train"]  # found trained, counted too
+    assert spectral["budget"]["retrain"]["images"] == left < 144
+    assert spectral["images_times_plain"] == round((160 + left) / 160, 4)
+    assert not {"epochs", "optimiser_steps"} & set(spectral)  # there is no one such figure
+
+
+def test_the_multiple_is_of_processor_time_and_of_wall_time_where_that_is_not_known():
+    cost = matrix.Cost({"train": 9.0, "judge": 21.0}, {"train": 2.0, "judge": 3.0})
+    assert matrix.Undefended({}, 10.0, 2.0, 1).times(cost) == 2.5
+    assert matrix.Undefended({}, 10.0, None, 1).times(cost) == 3.0  # an older folder of work
+    assert matrix.Undefended({}, 10.0, 2.0, 1).times(matrix.Cost(cost.seconds, {})) == 3.0  # GPU
+    assert matrix.Undefended({}, 0.0, None, 1).times(cost) is None
+    shared = matrix.Undefended({}, 10.0, 4.0, 1).instead(cost)
+    assert (shared.seconds["train"], shared.cpu_seconds["train"]) == (10.0, 4.0)
+    unknown = matrix.Undefended({}, 10.0, None, 1)
+    assert unknown.times(unknown.instead(cost)) == 3.1
+
+
+def test_an_older_folder_of_work_without_processor_seconds_goes_on(ran, source, tmp_path):
+    rows, _, work = ran
+    mine = shutil.copytree(work, tmp_path / "work")
+    (told,) = mine.glob("*/seconds.safetensors")
+    seconds = rows[0]["plain_seconds"]
+    told.write_bytes(to_bytes(Record({}, {"seconds": seconds})))
+    again = list(matrix.cells(plan_of(source), tmp_path / "rows.jsonl", mine, CPU))
+    spectral = again[-1]
+    assert spectral["plain_cpu_seconds"] is None and "train" not in spectral["cpu_seconds"]
+    assert spectral["times_plain"] == pytest.approx(spectral["seconds_in_all"] / seconds, rel=0.01)
+
+
+def test_a_throw_away_step_is_taken_before_the_first_clock_starts(source, tmp_path, monkeypatch):
+    events, train, clock = [], matrix.train.train, matrix.csc.Stopwatch.__call__
+
+    def training(model, corpus, *rest, **how):
+        events.append(("training", len(corpus)))
+        return train(model, corpus, *rest, **how)
+
+    def timed(self, stage):
+        events.append(("clock", stage))
+        return clock(self, stage)
+
+    monkeypatch.setattr(matrix.train, "train", training)
+    monkeypatch.setattr(matrix.csc.Stopwatch, "__call__", timed)
+    plan = plan_of(source, defenses=("plain",))
+    list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU))
+    assert events[:3] == [("training", 32), ("clock", "train"), ("training", 160)]
+
+
+def test_trainings_of_one_name_add_up_and_one_that_goes_on_counts_once():
+    def at(step, images):
+        return Moment(step, 0.0, torch.tensor(0.0), 0.1, Budget(1, 9), images=images)
+
+    heard, tally = [], matrix.Tally(lambda event, **fields: heard.append(event))
+    tally("triggers")
+    for stage, step, images in [
+        ("a", 3, 30),
+        ("a", 4, 38),
+        ("b", 1, 7),
+        ("a", 1, 10),
+        ("a", 2, 20),
+    ]:
+        tally("step", stage=stage, at=at(step, images))
+    assert tally.budget == {"a": {"steps": 6, "images": 58}, "b": {"steps": 1, "images": 7}}
+    assert tally.images == 65 and heard == ["triggers", *["step"] * 5]
+
+
+def test_plain_oracle_and_random_are_rows_of_every_table(source, tmp_path):
+    plan = plan_of(source, defenses=("spectral", "random"))
+    assert plan.defenses == ("spectral", "random")
+    rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU))
+    assert [row["defense"] for row in rows] == ["spectral", "random", "plain", "oracle"]
+    assert rows[2]["seconds"]["train"] == rows[0]["plain_seconds"]
 
 
 def test_clean_images_are_held_out_before_the_key_is_made(source, tmp_path):
@@ -140,7 +228,7 @@ def test_clean_images_are_held_out_before_the_key_is_made(source, tmp_path):
         plan = plan_of(source, defenses=("curious", "plain"))
         rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path, CPU))
     reserve: Corpus = seen["reserve"]
-    assert [row["reserve_rows"] for row in rows] == [len(reserve)] * 2  # alike for all defenses
+    assert [row["reserve_rows"] for row in rows] == [len(reserve)] * 4  # alike for all defenses
     assert len(reserve) + rows[0]["test_rows"] == 80
     assert np.bincount(reserve.labels).tolist() == [5, 5, 5, 5]
     given = {image.tobytes() for image in reserve.images}
@@ -164,8 +252,8 @@ def test_ordinary_training_is_done_once_a_group(source, tmp_path):
 
     plan = plan_of(source, defenses=("plain", "spectral"))
     rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU, log=log))
-    per_epoch = rows[0]["optimiser_steps"]
-    found = steps.count("train") - 2  # each that finds it trained sees the last step again
+    per_epoch = rows[0]["budget"]["train"]["steps"]
+    found = steps.count("train") - 4  # each row, on finding it trained, sees the last step again
     assert per_epoch <= found <= per_epoch + 1
     assert rows[1]["seconds"]["train"] == rows[0]["plain_seconds"]
     assert rows[1]["seconds_in_all"] > rows[1]["plain_seconds"]
@@ -180,7 +268,7 @@ def test_what_csc_trains_serves_the_others_and_is_what_plain_trains(source, tmp_
     quick = {"csc": {"watch.epochs": 1.0, "segregate.rule": "persistence"}}
     plan = plan_of(source, defenses=("plain", "csc"), defense=quick)
     rows = list(matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU))
-    assert [row["defense"] for row in rows] == ["csc", "plain"]
+    assert [row["defense"] for row in rows] == ["csc", "plain", "oracle", "random"]
     alone = list(
         matrix.cells(plan_of(source, defenses=("plain",)), tmp_path / "r2", tmp_path / "w2", CPU)
     )
@@ -198,6 +286,43 @@ def test_what_is_done_is_not_done_again_and_half_a_line_is(ran, source, tmp_path
     assert again[0]["after"] == rows[-1]["after"]
     assert list(matrix.cells(plan_of(source), copy, tmp_path / "w", CPU)) == []
     assert len(copy.read_text().splitlines()) == 4
+
+
+def changed(source, path, what):
+    """The same file but for one image or label of one part."""
+    arrays = dict(np.load(source))
+    name, part = what
+    arrays[f"{name}_{part}"] = arrays[f"{name}_{part}"].copy()
+    arrays[f"{name}_{part}"][0] = (arrays[f"{name}_{part}"][0] + 1) % 4
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("what", [*itertools.product("xy", ("train", "test"))])
+def test_a_folder_of_work_made_of_other_images_is_refused_and_left(source, tmp_path, what):
+    mine = tmp_path / "few.npz"
+    shutil.copy(source, mine)
+    plan, work = plan_of(mine, defenses=("plain",)), tmp_path / "w"
+    list(matrix.cells(plan, tmp_path / "rows.jsonl", work, CPU))
+    left = {path: path.read_bytes() for path in work.rglob("*.safetensors")}
+    changed(source, mine, what)
+    with pytest.raises(OutputError, match=r"few\.npz has other images .* give another --work"):
+        list(matrix.cells(plan, tmp_path / "again.jsonl", work, CPU))
+    assert not (tmp_path / "again.jsonl").exists()
+    assert left == {path: path.read_bytes() for path in work.rglob("*.safetensors")}
+    shutil.copy(source, mine)
+    again = list(matrix.cells(plan, tmp_path / "again.jsonl", work, CPU))
+    assert len(again) == len(list(matrix.read_rows(tmp_path / "rows.jsonl")))
+
+
+def test_a_folder_of_work_from_before_it_knew_its_images_is_taken_and_learns_them(
+    ran, source, tmp_path
+):
+    work = shutil.copytree(ran[2], tmp_path / "w")
+    (known,) = work.glob("*/corpus.safetensors")
+    before = known.read_bytes()
+    known.unlink()
+    list(matrix.cells(plan_of(source), tmp_path / "rows.jsonl", work, CPU))
+    assert known.read_bytes() == before
 
 
 def failing(times):
@@ -297,9 +422,68 @@ def test_rows_of_other_settings_attacks_and_defenses_are_not_averaged():
     assert len(comparison.lines(rows)) == 4
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"settings": {"train.model": "resnet8"}}, {"settings": {"train.model": "resnet18"}},
+         ("train.model=resnet8", "train.model=resnet18")),
+        ({"reserve": 0.2}, {"reserve": 0.3}, ("reserve=0.2", "reserve=0.3")),
+        ({"source": "a.npz"}, {"source": "b.npz"}, ("source=a.npz", "source=b.npz")),
+        ({"rows": 6000}, {"rows": 3000}, ("rows=6000", "rows=3000")),
+        ({"image_size": [8]}, {"image_size": [9]}, ("image_size=[8]", "image_size=[9]")),
+        # a default that a later version changed: a row says what it was then
+        ({"settings": {"ac.dims": 7}}, {"settings": {"ac.dims": 10}}, ("ac.dims=7", "ac.dims=10")),
+    ],
+)  # fmt: skip
+def test_rows_that_are_no_replicates_are_lines_that_say_how_they_differ(one, other, told):
+    rows = [made(**one), made(seed=1, **other), made(seed=2, **one)]
+    found = comparison.lines(rows)
+    assert [line.n for line in found] == [2, 1]
+    assert tuple(line.told for line in found) == told
+    assert set(comparison.labelled(found)) == {f"ac {text}" for text in told}
+
+
+def test_a_setting_that_came_later_counts_as_its_default_and_told_rates_part_nobody():
+    def of(settings, **more):
+        return made("csc", settings={"train.model": "resnet8", **settings}, **more)
+
+    rows = [of({}), of({"recover.most": 0.5}, seed=1), of({"gpu.memory": 9.0}, seed=2)]
+    (line,) = comparison.lines([*rows, of({"checkpoint.minutes": 1.0}, seed=3)])
+    assert line.n == 4 and line.told == ""
+    unset, other = comparison.lines([of({}), of({"recover.most": 0.6}, seed=1)])
+    assert (unset.told, other.told) == ("recover.most=0.5", "recover.most=0.6")
+    told = [
+        made("spectral", seed, told_rate=rate, settings={"spectral.rate": rate})
+        for seed, rate in ((0, 0.05), (1, 0.049))
+    ]
+    assert [line.n for line in comparison.lines(told)] == [2]
+
+
+def test_n_counts_seeds_and_two_targets_of_one_seed_are_one_figure():
+    rows = [made(asr=0.1), made(key="again", asr=0.3, target="3"), made(seed=1, asr=0.4)]
+    (line,) = comparison.lines(rows)
+    assert line.n == 2 and line.figure("asr").values == (pytest.approx(0.2), 0.4)
+    assert "| ac | 2 | 0.300 ± 0.141 |" in comparison.markdown([line], ("asr",))
+
+
+def test_a_row_that_failed_before_it_knew_its_corpus_is_of_the_line_of_the_others():
+    failed = made(error="no luck")
+    failed = {name: value for name, value in failed.items() if name != "settings"}
+    (line,) = comparison.lines([failed, made(seed=1, rows=6000, reserve=0.2)])
+    assert line.n == 1 and len(line.failed) == 1
+
+
 def test_of_a_cell_that_was_run_again_the_last_row_counts():
     (line,) = comparison.lines([made(error="no luck"), made(asr=0.4)])
     assert line.figure("asr").values == (0.4,) and not line.failed
+
+
+def test_images_are_a_column_and_a_row_from_before_they_were_counted_has_none():
+    rows = [made(), made("scan", images_times_plain=1.75)]
+    told = comparison.markdown(comparison.lines(rows), (comparison.IMAGES,))
+    assert "| images x plain |" in told and "| ac | 1 | - |" in told and "| 1.75 |" in told
+    assert "forward and back" in told
+    assert comparison.IMAGES not in comparison.markdown(comparison.lines([made()]))
 
 
 def test_an_attack_that_did_not_take_hold_and_a_failure_are_said():
@@ -343,7 +527,32 @@ def test_a_plot_tells_n_and_spread():
     named = comparison.labelled(comparison.lines([made(seed=0, asr=0.1), made(seed=1, asr=0.3)]))
     told = comparison.scatter(named, "asr", "acc", "x", "y")
     assert "x 0.2000 ± 0.1414, y 0.8000 ± 0.0000, n 2" in told
-    assert "3.00 ± 0.00" in comparison.bars(named, "x plain", "cost")
+    drawn = comparison.bars(named, "seconds", "x plain", "cost")
+    assert "30.0 ± 0.0 seconds, 3.00 ± 0.00 x plain" in drawn
+
+
+def test_bars_are_of_seconds_and_long_names_leave_them_their_length():
+    long = made("b" * 90, seconds_in_all=15.0, times_plain=None)
+    drawn = comparison.bars(
+        comparison.labelled(comparison.lines([made(), long])), "seconds", "x plain", "cost"
+    )
+    svg = ElementTree.fromstring(drawn)
+    widths = [float(bar.attrib["width"]) for bar in svg if bar.tag.endswith("rect")]
+    assert widths == [200.0, 100.0] and float(svg.attrib["width"]) > 740
+    assert ">15.0 seconds</text>" in drawn and ">30.0 seconds, 3.00 x plain</text>" in drawn
+
+
+def test_a_table_of_the_page_has_no_empty_column_and_says_changes_beside_the_name():
+    plain = made("plain", detection=None, attack="none", changed={"train.lr": 0.1})
+    weak = made("scan", before={"acc": 0.9, "asr": 0.2})
+    page = comparison.page(comparison.lines([made(), made(seed=1), weak, plain]))
+    first, second = (part.partition("</table>")[0] for part in page.split("<table>")[1:])
+    assert "<th>recall" in first and "<th>recall" not in second
+    assert "<th>recovered ra" not in first + second and "<th>x plain" in second
+    assert "plain<small>train.lr=0.1</small><td>1" in second
+    assert "<td>0.800<small>± 0.000</small>" in first
+    assert f"<td class=words>{comparison.NOT_TAKEN}" in first
+    assert "remark" not in second  # nobody has one
 
 
 def test_the_page_is_whole_and_its_plots_hold_every_defense(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,20 @@ from numpy.typing import NDArray
 
 from csc_gpu.backend import Augment, Backend, Batch, open_backend
 from csc_gpu.backend.resident import to_float
+from csc_gpu.checkpoint import Folder, Record, from_bytes, to_bytes
 from csc_gpu.errors import ConfigError
 from csc_gpu.features import BATCH, features, predict
 from csc_gpu.models import Net, new_model
-from csc_gpu.train import Budget, Moment, Settings, budget, one_cycle, train
+from csc_gpu.train import (
+    Budget,
+    Method,
+    Moment,
+    Settings,
+    budget,
+    cross_entropy,
+    one_cycle,
+    train,
+)
 from csc_gpu.types import Corpus
 
 CPU = open_backend("cpu", 1)
@@ -177,6 +188,42 @@ def test_there_is_one_yield_a_step():
     assert [moment.epoch for moment in moments] == pytest.approx([s / 3 for s in range(1, 10)])
     assert {moment.budget for moment in moments} == {Budget(3, 3)}
     assert all(moment.loss.shape == () and not moment.loss.requires_grad for moment in moments)
+
+
+def both_views(forward: Any, batch: Batch, step: int) -> torch.Tensor:
+    """Two views of each image, after a guess that no gradient goes through."""
+    with torch.no_grad():
+        forward(batch.images)
+    return forward(torch.cat([batch.images, batch.images])).square().mean()
+
+
+def test_images_are_counted_as_often_as_a_loss_goes_back_through_them():
+    plan = Settings(model="resnet8", epochs=2, min_steps=0, batch=8)
+
+    def apart(forward: Any, batch: Batch, step: int) -> torch.Tensor:
+        return model(batch.images).square().mean()  # by a pass of its own
+
+    for objective, images in ((cross_entropy, 40), (both_views, 80), (apart, 40)):
+        model = new_model("resnet8", 2, 8, seed=0)
+        *_, last = train(model, corpus(20), plan, CPU, seed=0, method=Method(objective=objective))
+        assert last.images == images
+
+
+def test_a_training_that_goes_on_knows_the_images_of_before(tmp_path: Path):
+    plan = Settings(model="resnet8", epochs=2, min_steps=0, batch=8)
+    kept = Folder(tmp_path, minutes=60)
+    how: dict[str, Any] = {"seed": 0, "kept": kept, "method": Method(objective=both_views)}
+    steps = train(new_model("resnet8", 2, 8, seed=0), corpus(20), plan, CPU, **how)
+    assert [next(steps).step for _ in range(3)][-1] == 3  # one epoch
+    steps.close()
+    again = list(train(new_model("resnet8", 2, 8, seed=0), corpus(20), plan, CPU, **how))
+    assert [(again[0].step, again[0].images), again[-1].images] == [(3, 40), 80]
+    (file,) = tmp_path.iterdir()
+    before = from_bytes(file.read_bytes())  # as a record of earlier versions: nobody counted
+    facts = {name: value for name, value in before.facts.items() if name != "images"}
+    file.write_bytes(to_bytes(Record(before.tensors, facts)))
+    (only,) = train(new_model("resnet8", 2, 8, seed=0), corpus(20), plan, CPU, **how)
+    assert only.images == 40
 
 
 def test_the_caller_decides_when_to_stop():

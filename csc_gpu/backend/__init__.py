@@ -141,6 +141,9 @@ class Backend(Protocol):
     def peak_bytes(self) -> int | None:
         """Most bytes held so far: on a GPU, or by this process; None where none can say."""
 
+    def cpu_seconds(self) -> float | None:
+        """Processor seconds of this process so far; None where they say little of the work."""
+
     def precision(self) -> AbstractContextManager[object]:
         """The arithmetic of a forward pass in training."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -47,6 +48,10 @@ class CpuBackend(Batches):
     def peak_bytes(self) -> int | None:
         """See Backend.peak_bytes: resident, files that are mapped among them."""
         return peak_memory()
+
+    def cpu_seconds(self) -> float | None:
+        """See Backend.cpu_seconds: of all threads."""
+        return time.process_time()
 
     def precision(self) -> AbstractContextManager[object]:
         """See Backend.precision."""

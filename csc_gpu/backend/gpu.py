@@ -106,6 +106,10 @@ class GpuBackend(Batches):
         """See Backend.peak_bytes."""
         return self._driver.peak_bytes()
 
+    def cpu_seconds(self) -> float | None:
+        """See Backend.cpu_seconds: the work is done elsewhere."""
+        return None
+
     def precision(self) -> AbstractContextManager[object]:
         """See Backend.precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._settings.bf16)

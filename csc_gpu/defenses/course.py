@@ -172,8 +172,9 @@ class Course:
         """
         if not all(bool(torch.isfinite(weight).all()) for weight in model.state_dict().values()):
             raise TrainingDiverged("training diverged: weights are not finite; lower a rate (lr)")
-        seconds = self.clock.seconds
-        return Outcome(model, undefended, self.corpus.n_classes, verdict, {}, seconds)
+        clock, classes = self.clock, self.corpus.n_classes
+        cpu = clock.cpu_seconds
+        return Outcome(model, undefended, classes, verdict, {}, clock.seconds, cpu_seconds=cpu)
 
 
 def verdict(
