@@ -26,6 +26,7 @@ from csc_gpu.segregate.verify import (
     firm_rows,
     heard,
     is_doubtful,
+    is_from_elsewhere,
     may_be_unseen,
     scattered,
     verify,
@@ -246,7 +247,32 @@ def test_of_groups_that_command_one_label_the_one_that_does_most_is_taken():
     weak, strong = (Narrow(NOBODY, NOBODY, 9, most, "halves") for most in (0.8, 0.9))
     for usual in (0.1, 1.0):
         asked = {0: [weak, strong], **{y: [Narrow(NOBODY, NOBODY, 9, usual)] for y in (1, 2, 3)}}
-        assert narrow_trigger(asked, 0, lambda narrow: 9.0) is strong
+        found = narrow_trigger(asked, 0, lambda narrow: 9.0)
+        assert found.most == strong.most
+        assert found.of_source == (0.2 if usual == 0.1 else 2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "of_source", "told", "elsewhere"),
+    [
+        (11, 0.2, 20, False),  # of 100 contradicted rows; ten others, so chance gives 10
+        (11, 0.2, 19, True),
+        (6, 0.2, 40, False),  # twice what chance gives
+        (6, 0.2, 39, True),
+        (11, 2 / 3, 67, False),
+        (11, 2 / 3, 66, True),
+        (2, 0.2, 100, False),  # there is no other
+    ],
+)
+def test_rows_are_of_one_source_if_the_check_gives_it_more_than_chance_does(
+    classes, of_source, told, elsewhere
+):
+    labels = np.arange(200) % classes
+    labels[:100] = 0
+    predicted = np.where(np.arange(200) < told, 1, min(2, classes - 1))
+    check = Reclassified(rows(0, 100), NOBODY, predicted)
+    case = Case(0, rows(0, 100), rows(0, 100), False, 0.0, 0.5, {}, source=1, of_source=of_source)
+    assert is_from_elsewhere(case, check, labels) == elsewhere
 
 
 def test_groups_of_a_label_are_noted_with_the_one_label_that_they_command():

@@ -413,7 +413,7 @@ class OneLabel(Oracle):
 
 @pytest.mark.parametrize(
     ("usual", "of_source", "found"),
-    [(0.0, 1.0, True), (0.0, 0.3, True), (0.0, 0.1, False), (0.7, 1.0, True)],
+    [(0.0, 1.0, True), (0.0, 0.7, True), (0.0, 0.6, False), (0.7, 1.0, True)],
 )
 def test_a_trigger_for_the_images_of_one_label_is_found_if_the_check_gives_rows_that_label(
     usual, of_source, found

@@ -31,6 +31,10 @@ AT_LEAST = 0.5
 """but none that commands less than this share of other labels' images,"""
 SURELY = 0.8
 """and every one that commands this share of them."""
+OF_SOURCE, MOSTLY = 0.2, 2 / 3
+"""Share of the contradicted rows of a label that must be of the one whose images they command: few,
+for covers (TaCT) teach the check their own labels; most, where all that speaks is that they lie
+apart."""
 CORE, STRAYS, HALVES = "core", "strays", "halves"
 APART = 6.0
 """Deviations that two kinds of a label lie apart if one of them is no part of it: benign kinds stay
@@ -68,6 +72,7 @@ class Narrow:
     source: int
     most: float  # share of the images of `source`. 0..1
     kind: str = ""  # as that of a Group
+    of_source: float = OF_SOURCE  # share of the contradicted rows that must be of `source`
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ class Case:
     told: dict[str, Any]
     turned: Group | None = None  # the group that it grew from, if that was turned round
     source: int | None = None  # the one label whose images a pattern commands, if it does no others
+    of_source: float = OF_SOURCE  # as that of a Narrow
 
     @property
     def firm(self) -> Mask:
@@ -119,7 +125,9 @@ def narrow_trigger(
     usual = float(np.quantile(best or [0.0], USUAL))
     sure = [narrow for narrow in found.get(label, ()) if narrow.most >= SURELY]
     known = [narrow for narrow in sure if narrow.most >= usual + MARGIN]
-    known = known or [n for n in sure if n.kind == HALVES and distance(n) >= APART]
+    if not known:
+        parted = [n for n in sure if n.kind == HALVES and distance(n) >= APART]
+        known = [replace(narrow, of_source=MOSTLY) for narrow in parted]
     return max(known, key=lambda narrow: narrow.most, default=None)
 
 
@@ -260,7 +268,8 @@ def opened(
         told |= {"chosen": "narrow", "source": narrow.source, "most": round(narrow.most, 3)}
         told |= {"rows": int(narrow.rows.sum())}
         rows = narrow.rows
-        return Case(label, rows, rows, False, best, limit, told, source=narrow.source)
+        source, least = narrow.source, narrow.of_source
+        return Case(label, rows, rows, False, best, limit, told, source=source, of_source=least)
     ours, group = court.labels == label, tried[0]
     candidates = ours & ~group.rest
     if candidates.sum() > MOST_OF_LABEL * ours.sum():

@@ -48,8 +48,8 @@ UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
 LARGE = 1 / 3
 """Share of a label from which left-out rows may be benign ones that the check has no idea of."""
-OF_SOURCE = 0.2
-"""Share of the contradicted rows that must get the one label whose images they command."""
+BEYOND_CHANCE = 2.0
+"""A label is no source that gets less than so many times what an even choice would give it."""
 SCATTERED = 0.5
 """Poison with a false label comes from many: its true labels are as many, in perplexity, as this
 share of all others at least. Benign rows that a check never saw are taken for a few like them."""
@@ -256,12 +256,15 @@ def judge(
 
 
 def is_from_elsewhere(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> bool:
-    """Whether hardly a row that the check contradicts is of the one label that they command.
+    """Whether too few of the rows that the check contradicts are of the one label they command.
 
-    Not each must be: covers teach the check to give the trigger their labels.
+    Not each must be: covers teach the check to give the trigger their labels. A benign kind that
+    it never saw is taken for several labels, and no more for that one than for others.
     """
     told = check.predicted[case.poison & (check.predicted != labels)]
-    return len(told) == 0 or bool((told == case.source).mean() < OF_SOURCE)
+    chance = 1 / max(1, len(np.unique(labels)) - 1)
+    least = min(1.0, max(case.of_source, BEYOND_CHANCE * chance))
+    return len(told) == 0 or bool((told == case.source).mean() < least)
 
 
 def may_be_unseen(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> bool:
