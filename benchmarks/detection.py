@@ -467,6 +467,8 @@ COLUMNS = {
     "target class recovered": (("recovered", "target"), 3),
     "target class clean net": (("clean_net", "target"), 3),
     "recovered asr": (("recovered", "asr"), 3),
+    "RA after": (("after", "ra"), 3),
+    "clean rejected": (("after", "virtual_clean"), 3),
     "recovered accuracy": (("recovered", "acc"), 3),
 }
 

@@ -50,6 +50,14 @@ GOAL = 0.9
 """Attack success before from which on the goals of the study at the usual rate count."""
 MOSTLY = 2.0
 """Poison against the other rows of its label from where it is one of the hard cells."""
+STAGES = {
+    "clustering and rule": ("cluster", "segregate"),
+    "verification": ("verify",),
+    "`--recover`": ("recover",),
+}
+"""What the defense adds to a training."""
+MOST = {"clustering and rule": 0.3, "verification": 2.0}
+"""What these are to cost, in trainings."""
 RECOVERED = 0.9
 """Share of the oracle's RA that recovery is to reach."""
 Line = dict[str, Any]
@@ -65,18 +73,30 @@ def tables(
     took = [line for line in main if line["before"]["asr"] >= HOLDS]
     clean = [line for line in ours if line["attack"] == "none"]
     papers = [line for line in study if line["rule"] not in (DEFAULT, ORACLE, PLAIN)]
+    beside = {key_of(line) for line in papers}
+    papers = [line for line in ours if key_of(line) in beside] + papers
     before_after = ("accuracy before", "accuracy after")
     asr = ("asr before", "asr after")
+    plainly = ("RA after", "clean rejected")
     repair = ("recovered accuracy", "RA recovered", "RA clean net")
     target = ("target class recovered", "target class clean net")
     return {
         "summary": summary(took),
-        "main": markdown(took, ("recall", "false alarms", *asr, "clean net")),
-        "main2": markdown(took, (*before_after, *repair, *target)),
+        "main": markdown(took, ("recall", "false alarms", *asr, "clean net", *plainly)),
+        "main2": markdown(took, (*before_after, "recovered asr", *repair, *target)),
         "oracle": told(study, main),
         "clean": markdown(clean, ("false alarms", *before_after)),
         "hard": markdown(
-            hard, ("recall", "false alarms", *asr, *before_after, *repair[:2], target[0])
+            hard,
+            (
+                "recall",
+                "false alarms",
+                *asr,
+                *before_after,
+                "recovered asr",
+                *repair[:2],
+                target[0],
+            ),
         ),
         "others": markdown(papers, ("recall", "false alarms", *asr, "accuracy after")),
         "cost": cost(
@@ -86,6 +106,7 @@ def tables(
                 "every attack": [line for line in attacks if line["rule"] == DEFAULT],
             }
         ),
+        "dear": dear([*ours, *(line for line in attacks if line["rule"] == DEFAULT)]),
         "short": short([line for line in took if line["before"]["asr"] >= GOAL], oracles(study)),
         "foot": made_by(study),
         "again": again(judged_again, study),
@@ -164,20 +185,33 @@ def summary(cells: list[Line]) -> str:
 
 def cost(kinds: dict[str, list[Line]]) -> str:
     """Wall seconds of what the defense adds, in multiples of the training: median (largest)."""
-    stages = {"clustering and rule": ("cluster", "segregate"), "verification": ("verify",)}
-    stages |= {"`--recover`": ("recover",)}
-    lines = [f"| data | corpora | cells | {' | '.join(stages)} |", "|---" * (3 + len(stages)) + "|"]
+    lines = [f"| data | corpora | cells | {' | '.join(STAGES)} |", "|---" * (3 + len(STAGES)) + "|"]
     for kind, cells in kinds.items():
         for data in dict.fromkeys(line["data"] for line in cells):
             ours = [line for line in cells if line["data"] == data]
             words = [data, kind, str(len(ours))]
-            for parts in stages.values():
-                took = [sum(x["seconds"].get(part, 0.0) for part in parts) for x in ours]
-                base = [x["training_seconds"]["train"] for x in ours]
-                of = [s / t for s, t in zip(took, base, strict=True)]
+            for stage in STAGES:
+                of = [multiple(line, stage) for line in ours]
                 words.append(f"{number(statistics.median(of), 2)} ({number(max(of), 2)})")
             lines.append(f"| {' | '.join(words)} |")
     return "\n".join(lines)
+
+
+def multiple(line: Line, stage: str) -> float:
+    """What a stage took, in multiples of the training."""
+    took: float = sum(line["seconds"].get(part, 0.0) for part in STAGES[stage])
+    return took / line["training_seconds"]["train"]
+
+
+def dear(lines: list[Line]) -> str:
+    """The cells where a stage cost more than the goal."""
+    over = []
+    for line in lines:
+        told = {stage: multiple(line, stage) for stage in MOST}
+        parts = [f"{stage} {number(told[stage], 2)}" for stage in MOST if told[stage] > MOST[stage]]
+        if parts:
+            over.append(f"- {line['data']} {named(line)} seed {line['seed']}: {', '.join(parts)}")
+    return "\n".join(over)
 
 
 def short(cells: list[Line], oracle: dict[str, float]) -> str:
@@ -210,7 +244,8 @@ def every_attack(lines: list[Line]) -> str:
     """Each attack undefended, and what the defense made of it where it took hold."""
     defended = {key_of(line): line for line in lines if line["rule"] == DEFAULT}
     names = ("asr before", "clean net", "accuracy before")
-    ours = ("recall", "false alarms", "asr after", "accuracy after", "RA recovered")
+    ours = ("recall", "false alarms", "asr after", "RA after", "accuracy after", "clean rejected")
+    ours += ("RA recovered", "recovered asr")
     head = ["data", "attack", "n", *names, "judged", *ours]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for same in alike([line for line in lines if line["rule"] == PLAIN]):

@@ -443,7 +443,7 @@ def test_a_seed_given_alone_takes_the_target_given_alone(tmp_path, monkeypatch):
 def a_line(rule="two-stage", **changes):
     """A line of the results: the cell's seed tells its figures apart."""
     cell = a_cell(**changes)
-    rates = {"acc": 0.9, "asr": cell["seed"] / 10, "ra": 0.8}
+    rates = {"acc": 0.9, "asr": cell["seed"] / 10, "ra": 0.8, "virtual_clean": 0.0}
     versions = {"processor": "P", "cores": 2, "torch": "2", "scikit-learn": "1"}
     return cell | {
         "rule": rule,
@@ -459,6 +459,17 @@ def a_line(rule="two-stage", **changes):
         "commit": "def",
         "date": "2026-11-21",
     }
+
+
+def test_the_stages_that_cost_more_than_their_goals_are_named_with_what_they_took():
+    took = {"training_seconds": {"train": 10.0, "features": 5.0}}
+    cheap = a_line() | took | {"seconds": {"cluster": 2.0, "segregate": 1.0, "verify": 20.0}}
+    dear = a_line(seed=1) | took | {"seconds": {"cluster": 2.5, "segregate": 1.0, "verify": 21.0}}
+    said = "- digits badnets 0.05 seed 1: clustering and rule 0.35, verification 2.10"
+    assert tables.dear([cheap, dear]) == said
+    assert tables.cost({"all": [cheap, dear]}).endswith(
+        "| 0.32 (0.35) | 2.05 (2.10) | 0.00 (0.00) |"
+    )
 
 
 def test_what_has_a_line_is_not_judged_again(tmp_path, monkeypatch):

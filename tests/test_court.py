@@ -243,6 +243,14 @@ def test_where_every_label_is_commanded_halves_that_lie_apart_are_found(
     assert bool(narrow_trigger(others, 0, lambda narrow: deviations)) == found
 
 
+def test_what_is_usual_is_the_most_that_each_other_label_does():
+    asked = narrow(1.0, 0.1, 0.1, 0.1)
+    assert narrow_trigger(asked, 0, distance) is not None
+    for other in (1, 2, 3):
+        asked[other].append(Narrow(NOBODY, NOBODY, 9, 0.9))
+    assert narrow_trigger(asked, 0, distance) is None
+
+
 def test_of_groups_that_command_one_label_the_one_that_does_most_is_taken():
     weak, strong = (Narrow(NOBODY, NOBODY, 9, most, "halves") for most in (0.8, 0.9))
     for usual in (0.1, 1.0):

@@ -434,6 +434,19 @@ def test_a_trigger_for_the_images_of_one_label_is_found_if_the_check_gives_rows_
         assert not case["trigger"]
 
 
+def test_halves_that_do_not_lie_apart_are_not_found_where_it_is_usual_to_command_a_label():
+    there = world()
+    there.truth[there.poison] = 2
+    for noise, found in ((0.0, True), (4.0, False)):
+        blurred = np.random.default_rng(1).normal(0, 1, there.points.shape).astype(np.float32)
+        points = there.points + noise * blurred
+        witness = OneLabel(replace(there, points=points), 0.0, 1.0, np, 0)
+        witness.usual = 0.7
+        told = without_a_core(replace(there, points=points), witness)
+        assert told.suspect[there.poison].any() == found
+        assert bool(told.notes["labels"]) == found
+
+
 def test_rows_that_command_one_label_go_before_a_core_that_no_trigger_explains():
     there = world()
     benign = (there.labels == 0) & ~there.poison

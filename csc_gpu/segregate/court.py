@@ -37,8 +37,9 @@ for covers (TaCT) teach the check their own labels; most, where all that speaks 
 apart."""
 CORE, STRAYS, HALVES = "core", "strays", "halves"
 APART = 6.0
-"""Deviations that two kinds of a label lie apart if one of them is no part of it: benign kinds stay
-below 5, rows with a false label among few reach 15, but these command nothing."""
+"""Deviations that the halves of a label lie apart if they may be two kinds by this alone. Without
+poison most lie 3 to 5.7 apart, a few small ones 6 to 15 (outliers, covers, rows with a false
+label); their pattern must command a label besides."""
 
 
 @dataclass(frozen=True)
