@@ -160,7 +160,10 @@ def test_ac_teaches_suspects_the_label_that_a_net_gives_which_has_not_seen_them(
 
 def test_ac_can_leave_suspects_out_instead(school):
     suspect = school.run("ac", decide="size", size=0.45, repair="remove").segregation.suspect
-    same(school["retrain"].rows, ~suspect)
+    assert 0 < suspect.sum() < len(suspect)
+    anew = school["retrain"]
+    same(anew.rows, ~suspect)
+    np.testing.assert_array_equal(anew.labels, CORPUS.labels[anew.rows])  # as they were given
 
 
 def test_ct_fits_and_confuses_ever_fewer_rows_and_at_last_the_reserve_too(school):
