@@ -10,7 +10,7 @@ import pytest
 
 from csc_gpu.backend import open_backend
 from csc_gpu.segregate import Settings, capped, observe, segregate
-from csc_gpu.segregate.court import Case, Court, Group
+from csc_gpu.segregate.court import Case, Court, Group, Limits
 from csc_gpu.segregate.kin import apart, halves
 from csc_gpu.segregate.verify import judge, suspected_labels, verify, wrong_on
 from csc_gpu.types import Reclassified, Transfer
@@ -31,7 +31,7 @@ def told_of(there, witness, **changes):
 def held(differs, *, candidates=POISON, commanded=False, commands=1.0):
     """What is held of the first hundred rows if the check differs on these rows."""
     predicted = np.where(differs, 1 + ROW % 4, LABELS)
-    case = Case(0, POISON, candidates, commanded, commands, 0.5, {})
+    case = Case(0, POISON, candidates, commanded, commands, Limits(0.5, 0.8), {})
     word = judge(case, LABELS, Reclassified(candidates, CONTROLS, predicted), Settings())
     return word and word.poison
 
@@ -54,7 +54,7 @@ def test_a_large_part_of_a_label_is_no_poison_if_a_check_takes_it_for_few_labels
     """Benign rows that were left out as a whole, and clean-label poison is what was learnt."""
     part = np.arange(len(LABELS)) < rows
     predicted = np.where(part, 1 + ROW % kinds, LABELS)
-    case = Case(0, part, part, commanded, 0.9, 0.5, {})
+    case = Case(0, part, part, commanded, 0.9, Limits(0.5, 0.8), {})
     word = judge(case, LABELS, Reclassified(part, CONTROLS, predicted), Settings())
     assert (word is not None and (word.poison == part).all()) == is_poison
 
@@ -138,23 +138,23 @@ def test_a_label_is_surely_commanded_if_any_of_its_triggers_is_sure():
     class Half(Oracle):
         def share(self, group, rest, label):
             found = super().share(group, rest, label)
-            return found if group.sum() > 10 else min(found, 0.6)
+            return found if group.sum() > 10 else min(found, 0.52)
 
     there = world()
     there.truth[:] = there.labels
     core = there.poison & (np.cumsum(there.poison) <= 10)
     last = observe(there.points, there.labels, 1.0, Settings(), CPU)
     share = core.astype(np.float32)
-    for commands, found in ((1.0, True), (0.7, False)):
+    for commands, found in ((1.0, True), (0.55, False)):
         witness = Half(there, 0.0, commands, np, 0)
         told = verify(core, share, [last], there.labels, Settings(), CPU, witness)
-        assert told.notes["labels"][0]["commands"][0] == ["core", 0.6]
+        assert told.notes["labels"][0]["commands"][0] == ["core", 0.52]
         assert told.suspect[there.poison].any() == found
 
 
 def test_what_a_check_confirms_counts_if_it_is_sure_and_the_label_false():
     def confirmed(differs):
-        case = Case(0, POISON, POISON, True, 1.0, 0.5, {})
+        case = Case(0, POISON, POISON, True, 1.0, Limits(0.5, 0.8), {})
         check = Reclassified(POISON, CONTROLS, np.where(differs, LABELS + 1, LABELS))
         return judge(case, LABELS, check, Settings()).confirmed
 
@@ -167,7 +167,7 @@ def test_controls_of_the_label_count_where_it_is_harder_than_the_others():
     labels = np.where(ROW < 350, 0, 1)  # half of the controls are of another label
     differs = (ROW < 65) | (CONTROLS & (labels == 0) & (ROW % 5 < 2))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
-    case = Case(0, POISON, POISON, False, 0.0, 0.5, {})
+    case = Case(0, POISON, POISON, False, 0.0, Limits(0.5, 0.8), {})
     assert judge(case, labels, check, Settings()) is None  # .65 differ, of unseen benign rows .4
     usual = 21 / 102
     wrong = (20 + 8 * usual) / (50 + 8)
@@ -180,7 +180,7 @@ def test_a_label_of_few_controls_is_as_hard_as_the_others_if_none_of_them_differ
     labels = np.where(ROW < 310, 0, 1)  # ten of the hundred controls are of this label
     differs = POISON | (CONTROLS & (ROW == 399))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
-    case = Case(0, POISON, POISON, False, 0.0, 0.5, {})
+    case = Case(0, POISON, POISON, False, 0.0, Limits(0.5, 0.8), {})
     judge(case, labels, check, Settings())
     assert case.told["wrong_on_controls"] == pytest.approx(2 / 102, abs=1e-3)
 
@@ -522,18 +522,18 @@ def test_where_poison_outnumbers_its_label_the_strays_are_the_benign_rows():
     benign = (there.labels == 0) & ~there.poison
     last = observe(there.points, there.labels, 1.0, Settings(), CPU)
     court = Court(there.labels, [last], there.points, oracle(there), Settings(), CPU)
-    turned = court.trigger(0, Group("strays", benign, there.poison, 1.0), 0.5)
+    turned = court.trigger(0, Group("strays", benign, there.poison, 1.0), Limits(0.5, 0.8))
     np.testing.assert_array_equal(turned.rows, there.poison)
     np.testing.assert_array_equal(turned.rest, benign)
     right = Group("strays", there.poison, benign, 1.0)
-    np.testing.assert_array_equal(court.trigger(0, right, 0.5).rows, right.rows)
-    assert court.trigger(0, right, 0.5).alone == turned.alone
+    np.testing.assert_array_equal(court.trigger(0, right, Limits(0.5, 0.8)).rows, right.rows)
+    assert court.trigger(0, right, Limits(0.5, 0.8)).alone == turned.alone
     half = there.poison & (np.cumsum(there.poison) % 3 == 0)
     mixed = Group("strays", half | benign, there.poison & ~half, 0.7)
     weak = Court(there.labels, [last], there.points, oracle(there, commands=0.4), Settings(), CPU)
     # neither works alone: strays are a mixture
-    np.testing.assert_array_equal(weak.trigger(0, mixed, 0.5).rows, mixed.rows)
-    assert weak.trigger(0, Group("halves", half, benign, 0.7), 0.5) is None
+    np.testing.assert_array_equal(weak.trigger(0, mixed, Limits(0.5, 0.8)).rows, mixed.rows)
+    assert weak.trigger(0, Group("halves", half, benign, 0.7), Limits(0.5, 0.8)) is None
 
 
 @pytest.mark.parametrize("wrong", [0.0, 0.5])

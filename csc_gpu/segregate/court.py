@@ -30,7 +30,7 @@ MARGIN = 0.3
 AT_LEAST = 0.5
 """but none that commands less than this share of other labels' images,"""
 SURELY = 0.8
-"""and every one that commands this share of them."""
+"""and every one that commands this share of them. From there, or twice the margin, it is sure."""
 OF_SOURCE, MOSTLY = 0.2, 2 / 3
 """Share of the contradicted rows of a label that must be of the one whose images they command: few,
 for covers (TaCT) teach the check their own labels; most, where all that speaks is that they lie
@@ -77,6 +77,20 @@ class Narrow:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """From where a pattern is a trigger for a label, beyond what is usual for the other labels."""
+
+    known: float  # share of other labels' images that it commands. 0..1
+    sure: float  # the share from which no check need agree
+
+    @classmethod
+    def beyond(cls, usual: float) -> Limits:
+        """Limits above the share of other labels' images that a label usually gets. 0..1"""
+        known = max(AT_LEAST, usual + MARGIN)
+        return cls(min(SURELY, known), min(SURELY, max(known, usual + 2 * MARGIN)))
+
+
+@dataclass(frozen=True)
 class Case:
     """A suspected label, before the check."""
 
@@ -85,9 +99,10 @@ class Case:
     candidates: Mask  # (N,) rows that the check should not learn from; the poison among them
     is_commanded: bool  # whether a trigger was found
     commands: float  # share of other labels' images that the label's best trigger sends there. 0..1
-    limit: float  # from where that is a trigger
+    limits: Limits  # from where that is a trigger
     told: dict[str, Any]
     turned: Group | None = None  # the group that it grew from, if that was turned round
+    is_disputed: bool = False  # whether it was turned, once or there and back
     source: int | None = None  # the one label whose images a pattern commands, if it does no others
     of_source: float = OF_SOURCE  # as that of a Narrow
 
@@ -97,7 +112,7 @@ class Case:
         return self.poison & self.is_commanded
 
 
-def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
+def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, Limits]]:
     """What strays and halves of each label command, and from where a pattern is a trigger for it.
 
     Most labels are not attacked: the limit lies well above what three quarters of the others reach,
@@ -111,7 +126,7 @@ def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, float]]:
     limits = {}
     for label in found:
         usual = float(np.quantile([best[y] for y in best if y != label] or [0.0], USUAL))
-        limits[label] = min(SURELY, max(AT_LEAST, usual + MARGIN))
+        limits[label] = Limits.beyond(usual)
     return found, limits
 
 
@@ -223,14 +238,14 @@ class Court:
         commands = max(self.between(kind, label, *pair) for pair in ((rows, rest), (rest, rows)))
         return Group(kind, rows, rest, commands)
 
-    def trigger(self, label: int, group: Group, limit: float) -> Group | None:
+    def trigger(self, label: int, group: Group, limits: Limits) -> Group | None:
         """The group with its poison as `rows`, if a trigger explains it; else None.
 
         Of two groups the one that works better alone, against the mean of all other labels, is the
         poison, and it must work alone: two benign kinds of one label differ by more than a trigger.
         Strays are a mixture and need not; but where poison outnumbers its label, the benign stray.
         """
-        if group.commands < limit:
+        if group.commands < limits.known:
             return None
         others = self.labels != label
         alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
@@ -245,7 +260,7 @@ def opened(
     label: int,
     tried: list[Group],
     triggers: list[Group | None],
-    limit: float,
+    limits: Limits,
     narrow: Narrow | None = None,
 ) -> Case:
     """Hold the group that a trigger explains best for the poison, and grow it by its kin.
@@ -260,41 +275,43 @@ def opened(
     told = {
         "label": label,
         "commands": [[group.kind, round(group.commands, 3)] for group in tried],
-        "limit": round(limit, 3),
+        "limit": round(limits.known, 3),
+        "sure": round(limits.sure, 3),
         "trigger": explained is not None,
     }
     if explained:
-        return explained_by(court, label, explained, best, limit, told)
+        return explained_by(court, label, explained, best, limits, told)
     if narrow:
         told |= {"chosen": "narrow", "source": narrow.source, "most": round(narrow.most, 3)}
         told |= {"rows": int(narrow.rows.sum())}
         rows = narrow.rows
         source, least = narrow.source, narrow.of_source
-        return Case(label, rows, rows, False, best, limit, told, source=source, of_source=least)
+        return Case(label, rows, rows, False, best, limits, told, source=source, of_source=least)
     ours, group = court.labels == label, tried[0]
     candidates = ours & ~group.rest
     if candidates.sum() > MOST_OF_LABEL * ours.sum():
         candidates = group.rows
     told |= of_group(group, group.rows)
-    return Case(label, group.rows, candidates | group.rows, False, best, limit, told)
+    return Case(label, group.rows, candidates | group.rows, False, best, limits, told)
 
 
 def explained_by(
-    court: Court, label: int, group: Group, best: float, limit: float, told: dict[str, Any]
+    court: Court, label: int, group: Group, best: float, limits: Limits, told: dict[str, Any]
 ) -> Case:
     """A case with a trigger: the group is its poison, and grows by its kin."""
     poison = group.rows if group.kind == CORE else court.coherent(label, group.rows).rows
     poison = court.kin(label, poison)
     candidates = ((court.labels == label) & ~group.rest) | poison
     told = told | of_group(group, poison)
-    turned = group if group.is_turned else None
-    return Case(label, poison, candidates, True, best, limit, told, turned)
+    case = Case(label, poison, candidates, True, best, limits, told)
+    return replace(case, turned=group, is_disputed=True) if group.is_turned else case
 
 
 def turned_back(court: Court, case: Case, turned: Group) -> Case:
     """The case with the group that had been turned round as it was."""
     told = case.told | {"turned_back": True}
-    return explained_by(court, case.label, turned.turned(), case.commands, case.limit, told)
+    back = explained_by(court, case.label, turned.turned(), case.commands, case.limits, told)
+    return replace(back, is_disputed=True)
 
 
 def of_group(group: Group, poison: Mask) -> dict[str, Any]:

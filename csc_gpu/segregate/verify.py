@@ -26,9 +26,10 @@ from numpy.typing import NDArray
 
 from csc_gpu.backend import Backend
 from csc_gpu.segregate.court import (
-    SURELY,
+    CORE,
     Case,
     Court,
+    Group,
     narrow_trigger,
     opened,
     searched,
@@ -127,15 +128,15 @@ def heard(
 ) -> tuple[list[tuple[Case, Reclassified]], tuple[Reclassified, ...]]:
     """Each case with the check that speaks about it, and all checks.
 
-    Where a group was turned round and the check gives the candidates to few labels, they may be
-    benign rows that it never saw. Then a second check learns from these and not from the others;
-    the way round counts whose candidates get more labels.
+    Where a group was turned round, the candidates that the check contradicts may be benign rows
+    that it never saw. Then a second check learns from these and not from the others; the way round
+    counts whose candidates get more labels.
     """
     check = witness.reclassify(left_out(cases))
     others = {
         case.label: turned_back(court, case, case.turned)
         for case in cases
-        if case.turned and is_doubtful(case, check, court.labels)
+        if case.turned and is_doubtful(case, case.turned, check, court.labels)
     }
     if not others:
         return [(case, check) for case in cases], (check,)
@@ -172,10 +173,15 @@ def scattered(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> flo
     return float(np.exp(-(share * np.log(share)).sum())) / others
 
 
-def is_doubtful(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> bool:
-    """Whether a group that was turned round may have been right as it was."""
+def is_doubtful(case: Case, turned: Group, check: Reclassified, labels: NDArray[np.int64]) -> bool:
+    """Whether a group that was turned round may have been right as it was.
+
+    Nothing else spoke for strays or halves, so they may not if many labels are told. A core is an
+    island besides, and turned round it is the label's home that is called poison.
+    """
     contradicted = float((check.predicted != labels)[case.candidates].mean())
-    return contradicted >= 0.5 and scattered(case, check, labels) < SCATTERED
+    is_few = scattered(case, check, labels) < SCATTERED
+    return contradicted >= 0.5 and (turned.kind == CORE or is_few)
 
 
 def firm_rows(court: Court, case: Case, word: Word) -> Mask:
@@ -190,7 +196,7 @@ def firm_rows(court: Court, case: Case, word: Word) -> Mask:
     rest = (court.labels == case.label) & ~word.poison
     commands = court.commands(case.label, added, rest)
     case.told["added"] = [int(added.sum()), round(commands, 3)]
-    return case.firm | (added & (commands >= case.limit))
+    return case.firm | (added & (commands >= case.limits.known))
 
 
 @dataclass(frozen=True)
@@ -210,9 +216,10 @@ def judge(
     rows is, the group's share of poison is (differs - wrong) / (1 - wrong), were all poison to
     differ. Of the differing rows, poison / differs are then poison: enough, and they are kept.
     Rows that command the label must do so surely, and stand as they are, where the check is unsure,
-    where it contradicts even most rows of the label that it learnt from, or where it confirms their
-    label (poison with a true one). Rows that do not need a check that knows the label, and more of
-    poison if it is sure.
+    where it contradicts even most rows of the label that it learnt from, where it confirms their
+    label (poison with a true one), or where they were turned round and neither way they are taken
+    for many labels. Rows that do not need a check that knows the label, and more of poison if it is
+    sure.
     """
     ours = labels == case.label
     differs = check.predicted != labels
@@ -234,9 +241,10 @@ def judge(
     case.told["poison_share"] = [round(poison_share(group), 4) for group in groups]
     is_sure = wrong <= UNSURE
     knows_label = groups[-1].any() and differs[groups[-1]].mean() < 0.5
+    is_odd = case.is_disputed and scattered(case, check, labels) < SCATTERED
     as_it_is = Word(case.poison, np.zeros_like(ours))
-    if case.is_commanded and not (is_sure and knows_label and false_label):
-        return as_it_is if case.commands >= SURELY else None
+    if case.is_commanded and (is_odd or not (is_sure and knows_label and false_label)):
+        return as_it_is if case.commands >= case.limits.sure else None
     if case.source is not None and is_from_elsewhere(case, check, labels):
         return None
     if not case.is_commanded and may_be_unseen(case, check, labels):
