@@ -32,6 +32,8 @@ from typing import Any
 
 import click
 
+from benchmarks.cells import open_cell
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -238,36 +240,26 @@ def one(place: Path, rule: str) -> None:
 
 def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     """The line of a cell and a rule: scores before and after, detection, notes, seconds."""
-    from csc_gpu import answers, csc, evaluate, recover, run, sources
-    from csc_gpu.backend import open_backend
+    from csc_gpu import csc, evaluate, recover, run
     from csc_gpu.backend.doctor import describe
-    from csc_gpu.config import override, parse_change, read_toml
+    from csc_gpu.config import parse_change
 
-    cell = json.loads((place / "cell.json").read_text())
-    summary = json.loads((place / "run" / "summary.json").read_text())
-    of_run = read_toml(place / "run" / "settings.toml")
-    changes = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
     base, *tried = rule.split()
     named_rule, once = base.removesuffix(ONCE), base.endswith(ONCE)
     named_rule = DEFAULT if base in (AGAIN, RECOVER) else named_rule
-    changes |= {} if rule in (ORACLE, PLAIN) else {"segregate.rule": named_rule}
+    changes: dict[str, Any] = {} if rule in (ORACLE, PLAIN) else {"segregate.rule": named_rule}
     changes |= {"segregate.scales": [AT_ONCE], "segregate.coarsest": AT_ONCE} if once else {}
     changes |= dict(map(parse_change, tried)) | {"recover.on": rule in (DEFAULT, ORACLE)}
     if named_rule in PAPERS:  # they have no caps; ours would free what they flag
         changes |= {"segregate.max_share": 1.0, "segregate.max_label_share": 1.0}
-    settings, cpu = override(csc.Settings(), changes), open_backend("cpu", 1)
-    corpus = sources.load(str(place / "poisoned"), settings.data, backend=cpu).train
-    key = answers.load_key(place / "poisoned" / "key.npz")
-    snapshots = run.load_snapshots(place / "run" / "features.npz")
+    there = open_cell(place, changes)
+    settings, cpu, snapshots = there.settings, there.backend, there.snapshots
+    cell, summary, corpus = there.told, there.summary, there.corpus
+    key, rows, model = there.key, there.rows, there.model
     if once:
         last = {"features": snapshots.features[-1:], "epoch": snapshots.epoch[-1:]}
         snapshots = replace(snapshots, **last)
-    if snapshots.names.paths != corpus.paths:
-        raise click.ClickException(f"{place}: the features are of another corpus; train it again")
 
-    at = {path: row for row, path in enumerate(key.paths)}
-    rows = [at[path] for path in corpus.paths]
-    model = run.load_model(place / "run" / "undefended.safetensors", summary, corpus.n_classes)
     scored = lambda net: evaluate.accuracy_and_attack(net, key, corpus.n_classes, cpu)  # noqa: E731
     clean = clean_net(place, cell, corpus)
     line = {
@@ -304,7 +296,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
 
     start, clock = used(), csc.Stopwatch(cpu)
     if rule == ORACLE:
-        outcome = told_the_truth(model, corpus, key.is_poison[rows], settings, cpu, cell["seed"])
+        outcome = told_the_truth(model, corpus, there.poison, settings, cpu, cell["seed"])
     else:
         learnt = csc.Learnt(model, sighted(snapshots, settings.segregate, cpu, clock))
         outcome = csc.conclude(learnt, corpus, settings, cpu, clock, seed=cell["seed"])

@@ -21,6 +21,8 @@ import click
 import numpy as np
 import torch
 
+from benchmarks.cells import open_cell
+
 RESULTS = Path(__file__).parent / "results" / "misses.jsonl"
 RECALLS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)
 FALSE_ALARMS = (0.002, 0.005, 0.01, 0.02, 0.05)
@@ -31,36 +33,24 @@ class Heads:
     """A cell with the features of its rows, clean and triggered held-out images."""
 
     def __init__(self, place: Path, verdict: str) -> None:
-        from csc_gpu import answers, conceal, csc, evaluate, run, sources
-        from csc_gpu.backend import open_backend
-        from csc_gpu.config import override, read_toml
+        from csc_gpu import conceal, evaluate, run
         from csc_gpu.features import features
 
-        summary = json.loads((place / "run" / "summary.json").read_text())
-        changed = read_toml(place / "run" / "settings.toml")
-        changed = {k: v for k, v in changed.items() if k.startswith(("data.", "train."))}
-        settings = override(csc.Settings(), changed)
-        self.backend, self.conceal = open_backend("cpu", 1), conceal
-        self.settings = settings.conceal
-        split = sources.load(str(place / "poisoned"), settings.data, backend=self.backend)
-        self.labels, self.n_classes = split.train.labels, split.train.n_classes
-        self.key = answers.load_key(place / "poisoned" / "key.npz")
-        at = {path: row for row, path in enumerate(self.key.paths)}
-        self.poison = self.key.is_poison[[at[path] for path in split.train.paths]]
+        there = open_cell(place, {})
+        self.backend, self.conceal, self.settings = there.backend, conceal, there.settings.conceal
+        self.labels, self.n_classes = there.corpus.labels, there.corpus.n_classes
+        self.key, self.poison, self.model = there.key, there.poison, there.model
         told = run.load_suspects(place / verdict)
         of = dict(zip(told.paths, told.score, strict=True))
-        self.score = np.array([of[path] for path in split.train.paths])
+        self.score = np.array([of[path] for path in there.corpus.paths])
         self.found = np.isin(
-            split.train.paths, np.array(told.paths)[told.suspect]
+            there.corpus.paths, np.array(told.paths)[told.suspect]
         )  # what the detector itself names
-        self.model = run.load_model(
-            place / "run" / "undefended.safetensors", summary, self.n_classes
-        )
         take = lambda corpus: features(self.model, corpus, self.backend)  # noqa: E731
-        self.points = take(split.train)
+        self.points = take(there.corpus)
         self.test = take(evaluate.unlabelled(self.key.test))
         self.triggered = take(evaluate.unlabelled(self.key.triggered))
-        self.seed = json.loads((place / "cell.json").read_text())["seed"]
+        self.seed = there.told["seed"]
 
     def concealed(self, suspect: Any) -> torch.nn.Linear:
         """The head with a virtual class for these suspects (N,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from benchmarks import (
     misses,
     results_file,
     tables,
+    thresholds,
     traffic,
 )
 from benchmarks import conceal as concealment
@@ -32,6 +34,7 @@ from csc_gpu.attacks import ATTACKS
 from csc_gpu.backend import open_backend
 from csc_gpu.backend.doctor import missing_for_gpu
 from csc_gpu.cli import cli
+from csc_gpu.segregate import Settings
 
 CPU = open_backend("cpu", 1)
 ROOT = Path(__file__).parent.parent
@@ -801,6 +804,67 @@ def test_misses_of_a_judged_cell_are_scored_round_by_round(tmp_path, monkeypatch
     assert all(0 <= r["asr"] <= 1 and 0 <= r["acc"] <= 1 for line in lines for r in line["rounds"])
     recall = [r["tpr"] for r in of["random misses", 0.4]]
     assert recall == sorted(recall)  # growing loses nobody
+
+
+# --- thresholds -----------------------------------------------------------------------------------
+
+
+def test_every_constant_of_the_rule_is_moved_and_moved_back():
+    usual = Settings()
+    seen = set()
+    for module, name, factor in thresholds.variants():
+        where = usual if module == "settings" else None
+        where = where or (importlib.import_module(f"csc_gpu.segregate.{module}") if module else 0)
+        was = getattr(where, name) if module else None
+        with thresholds.changed(module, name, factor, usual) as (settings, value):
+            now = getattr(settings if module == "settings" else where, name) if module else None
+            if module:
+                assert value == now and (now < was if factor < 1 else now > was), name
+                assert name in thresholds.NOT_SHARES or now <= 1.0
+        assert module in ("", "settings") or getattr(where, name) == was
+        seen.add(name)
+    assert len(seen) == 1 + sum(map(len, thresholds.CONSTANTS.values()))
+    assert [thresholds.moved("persistence", 3, factor) for factor in (0.75, 1.25)] == [2, 4]
+    assert thresholds.moved("SURELY", 0.9, 1.25) == 1.0
+    assert thresholds.moved("APART", 6.0, 1.25) == 7.5
+
+
+def test_a_cell_is_judged_with_constants_moved_and_a_check_is_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(detection, "command", lambda *words: run(cli, *words))
+    monkeypatch.setattr(thresholds, "CONSTANTS", {"court": ("AT_LEAST", "SURELY")})
+    monkeypatch.setattr(thresholds, "moved", lambda name, value, factor: 1.01 if factor > 1 else 0)
+    changed = ["train.epochs=2", "train.min_steps=1", "train.batch=32"]
+    cell = detection.train_cell(a_cell(rate=0.1, set=changed), "digits", tmp_path)
+    place, out = detection.folder(cell, tmp_path), tmp_path / "thresholds.jsonl"
+    done = run(thresholds.cli, "judge", place, "--out", out)
+    assert done.exit_code == 0, done.output
+    lines = thresholds.read(out)
+    told = [(line["constant"], line["factor"]) for line in lines]
+    assert told == [(name, factor) for _, name, factor in thresholds.variants()]
+    trained = sum(line["checks_trained"] for line in lines)
+    assert trained == len(list((place / "checks").glob("*.npz")))
+    assert run(thresholds.cli, "judge", place, "--out", out).output == ""  # all has a line
+    assert thresholds.read(out) == lines
+    again = run(thresholds.cli, "judge", place, "--out", tmp_path / "again.jsonl")
+    assert again.exit_code == 0, again.output
+    same = ("constant", "factor", "tpr", "fpr", "suspects")
+    for one, other in zip(lines, thresholds.read(tmp_path / "again.jsonl"), strict=True):
+        assert [one[name] for name in same] == [other[name] for name in same]
+        assert other["checks_trained"] == 0
+    assert "| constant |" in run(thresholds.cli, "table", out).output
+
+
+def test_the_table_of_thresholds_names_the_cell_that_moves_most():
+    def line(cell, constant, factor, tpr, fpr=0.0, suspects=""):
+        told = {"tpr": tpr, "fpr": fpr, "value": 0.5 * factor, "suspects": suspects}
+        return {"cell": cell, "constant": constant, "factor": factor, **told}
+
+    lines = [line(cell, thresholds.AS_IT_IS, 1.0, 0.9) for cell in "abc"]
+    lines += [line("a", "MARGIN", 0.75, 0.95, 0.001, "x"), line("b", "MARGIN", 0.75, 0.2, 0, "y")]
+    lines += [line("c", "MARGIN", 0.75, 0.9), line("a", "APART", 1.25, 0.9)]
+    said = thresholds.markdown(lines)
+    moved = "| `MARGIN` | 0.375 | 2 of 3 | 0.900 to 0.200 (b) | 0.0000 to 0.0010 (a) |"
+    assert moved in said and "In none of 3 cells: `APART` 0.625." in said
 
 
 def test_the_tables_of_the_readme_say_what_the_committed_lines_say(tmp_path):

@@ -218,7 +218,7 @@ def test_a_trigger_is_sure_from_twice_the_margin_above_what_is_usual(usual, know
 
 def narrow(*most, kind="core"):
     """What commands one other label, of labels 0, 1, ..."""
-    return {y: [Narrow(NOBODY, NOBODY, 9, share, kind)] for y, share in enumerate(most)}
+    return {y: [Narrow(NOBODY, NOBODY, 9, share, kind, 0.2)] for y, share in enumerate(most)}
 
 
 def distance(narrow):
@@ -261,14 +261,17 @@ def test_what_is_usual_is_the_most_that_each_other_label_does():
     asked = narrow(1.0, 0.1, 0.1, 0.1)
     assert narrow_trigger(asked, 0, distance) is not None
     for other in (1, 2, 3):
-        asked[other].append(Narrow(NOBODY, NOBODY, 9, 0.9))
+        asked[other].append(Narrow(NOBODY, NOBODY, 9, 0.9, "core", 0.2))
     assert narrow_trigger(asked, 0, distance) is None
 
 
 def test_of_groups_that_command_one_label_the_one_that_does_most_is_taken():
-    weak, strong = (Narrow(NOBODY, NOBODY, 9, most, "halves") for most in (0.8, 0.9))
+    weak, strong = (Narrow(NOBODY, NOBODY, 9, most, "halves", 0.2) for most in (0.8, 0.9))
     for usual in (0.1, 1.0):
-        asked = {0: [weak, strong], **{y: [Narrow(NOBODY, NOBODY, 9, usual)] for y in (1, 2, 3)}}
+        asked = {
+            0: [weak, strong],
+            **{y: [Narrow(NOBODY, NOBODY, 9, usual, "core", 0.2)] for y in (1, 2, 3)},
+        }
         found = narrow_trigger(asked, 0, lambda narrow: 9.0)
         assert found.most == strong.most
         assert found.of_source == (0.2 if usual == 0.1 else 2 / 3)

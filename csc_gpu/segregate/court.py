@@ -72,8 +72,8 @@ class Narrow:
     rest: Mask  # (N,)
     source: int
     most: float  # share of the images of `source`. 0..1
-    kind: str = ""  # as that of a Group
-    of_source: float = OF_SOURCE  # share of the contradicted rows that must be of `source`
+    kind: str  # as that of a Group
+    of_source: float  # share of the contradicted rows that must be of `source`
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Court:
         """
         answer = self._asked(label, group, rest)
         if answer.source >= 0 and group.sum() <= rest.sum():
-            narrow = Narrow(group, rest, answer.source, answer.most, kind)
+            narrow = Narrow(group, rest, answer.source, answer.most, kind, OF_SOURCE)
             self.narrow.setdefault(label, []).append(narrow)
         return answer.share
 
