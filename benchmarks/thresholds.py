@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent / "results" / "thresholds.jsonl"
 FACTORS = (0.75, 1.25)
 CONSTANTS = {
     "court": (
-        "OUTSIDE", "MOST_OF_LABEL", "USUAL", "MARGIN", "AT_LEAST", "SURELY", "OF_SOURCE", "MOSTLY",
+        "OUTSIDE", "MOST_OF_LABEL", "USUAL", "MARGIN", "ALONE", "SURELY", "OF_SOURCE", "MOSTLY",
         "APART",
     ),
     "verify": ("TRUSTED", "UNEXPLAINED", "UNSURE", "LARGE", "BEYOND_CHANCE", "SCATTERED"),

@@ -831,7 +831,7 @@ def test_every_constant_of_the_rule_is_moved_and_moved_back():
 
 def test_a_cell_is_judged_with_constants_moved_and_a_check_is_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(detection, "command", lambda *words: run(cli, *words))
-    monkeypatch.setattr(thresholds, "CONSTANTS", {"court": ("AT_LEAST", "SURELY")})
+    monkeypatch.setattr(thresholds, "CONSTANTS", {"court": ("ALONE", "SURELY")})
     monkeypatch.setattr(thresholds, "moved", lambda name, value, factor: 1.01 if factor > 1 else 0)
     changed = ["train.epochs=2", "train.min_steps=1", "train.batch=32"]
     cell = detection.train_cell(a_cell(rate=0.1, set=changed), "digits", tmp_path)

@@ -203,13 +203,13 @@ def test_labels_too_small_to_be_asked_do_not_lower_the_limit_of_the_others():
 
 
 def test_where_no_other_label_can_be_asked_the_lowest_limit_holds():
-    assert searched(Table(y0=[0.9], y1=[]))[1] == {0: Limits(0.5, 0.6), 1: Limits(0.8, 0.8)}
-    assert searched(Table(y0=[]))[1] == {0: Limits(0.5, 0.6)}
+    assert searched(Table(y0=[0.9], y1=[]))[1] == {0: Limits(0.3, 0.6), 1: Limits(0.8, 0.8)}
+    assert searched(Table(y0=[]))[1] == {0: Limits(0.3, 0.6)}
 
 
 @pytest.mark.parametrize(
     ("usual", "known", "sure"),
-    [(0.0, 0.5, 0.6), (0.1, 0.5, 0.7), (0.25, 0.55, 0.8), (0.4, 0.7, 0.8), (0.7, 0.8, 0.8)],
+    [(0.0, 0.3, 0.6), (0.1, 0.4, 0.7), (0.25, 0.55, 0.8), (0.4, 0.7, 0.8), (0.7, 0.8, 0.8)],
 )
 def test_a_trigger_is_sure_from_twice_the_margin_above_what_is_usual(usual, known, sure):
     limits = Limits.beyond(usual)
@@ -513,7 +513,7 @@ def test_poison_that_comes_from_many_labels_is_not_doubted_but_a_core_is_heard_b
     case = explained_by(Still(labels), 0, group, 1.0, LIMITS, {})
     (found,), checks = heard(Still(labels), [case], Twice(labels, poison, truth))
     assert found[0] is case and len(checks) == hearings
-    assert case.is_disputed
+    assert case.is_disputed and case.is_mixture == (kind == "strays")
     assert scattered(case, checks[0], labels) == pytest.approx(1.0)
 
 

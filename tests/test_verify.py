@@ -90,6 +90,18 @@ def test_a_model_wrong_on_every_third_control_leaves_the_rows_as_they_stand(comm
     np.testing.assert_array_equal(found, POISON)
 
 
+def test_strays_that_a_reliable_model_confirms_go_free_even_if_they_command_the_label():
+    """Half of a percent of MNIST was flagged with as many benign strays of its label."""
+    confirmed = (ROW >= 60) & (ROW < 100)
+    for commands, errors, left in ((0.6, 0, 60), (0.6, 3, 0), (0.8, 3, 100)):
+        wrong = CONTROLS & (ROW % errors == 0) if errors else CONTROLS & False
+        predicted = np.where((POISON & ~confirmed) | wrong, 1 + ROW % 4, LABELS)
+        case = Case(0, POISON, POISON, True, commands, Limits(0.3, 0.8), {}, is_mixture=True)
+        word = judge(case, LABELS, Reclassified(POISON, CONTROLS, predicted), Settings())
+        assert (word.poison.sum() if word else 0) == left
+        np.testing.assert_array_equal(case.firm, POISON)
+
+
 def test_an_unsure_model_that_mostly_confirms_a_false_label_leaves_the_rows_as_they_stand():
     differs = (ROW < 96) | (CONTROLS & (ROW % 6 != 0))  # wrong on five of six controls
     np.testing.assert_array_equal(held(differs), POISON)

@@ -26,11 +26,11 @@ says nothing about it."""
 USUAL = 0.75
 """Share of labels that are taken to be free of poison: what they reach is usual."""
 MARGIN = 0.3
-"""A pattern that commands so much more than is usual is a trigger,"""
-AT_LEAST = 0.5
-"""but none that commands less than this share of other labels' images,"""
+"""A pattern that commands so much more than is usual is a trigger, and twice as much a sure one;"""
 SURELY = 0.8
-"""and every one that commands this share of them. From there, or twice the margin, it is sure."""
+"""at this share of other labels' images it is one whatever is usual."""
+ALONE = 0.5
+"""One of two groups commands this share of them alone, by the mean of all other labels."""
 OF_SOURCE, MOSTLY = 0.2, 2 / 3
 """Share of the contradicted rows of a label that must be of the one whose images they command: few,
 for covers (TaCT) teach the check their own labels; most, where all that speaks is that they lie
@@ -86,8 +86,7 @@ class Limits:
     @classmethod
     def beyond(cls, usual: float) -> Limits:
         """Limits above the share of other labels' images that a label usually gets. 0..1"""
-        known = max(AT_LEAST, usual + MARGIN)
-        return cls(min(SURELY, known), min(SURELY, max(known, usual + 2 * MARGIN)))
+        return cls(min(SURELY, usual + MARGIN), min(SURELY, usual + 2 * MARGIN))
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ class Case:
     is_disputed: bool = False  # whether it was turned, once or there and back
     source: int | None = None  # the one label whose images a pattern commands, if it does no others
     of_source: float = OF_SOURCE  # as that of a Narrow
+    is_mixture: bool = False  # whether it grew from strays, of which a trigger explains some
 
     @property
     def firm(self) -> Mask:
@@ -250,7 +250,7 @@ class Court:
         others = self.labels != label
         alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
         group = replace(group, alone=alone)
-        if max(alone) < AT_LEAST:
+        if max(alone) < ALONE:
             return group if group.kind == STRAYS else None
         return group.turned() if alone[1] > alone[0] else group
 
@@ -303,7 +303,8 @@ def explained_by(
     poison = court.kin(label, poison)
     candidates = ((court.labels == label) & ~group.rest) | poison
     told = told | of_group(group, poison)
-    case = Case(label, poison, candidates, True, best, limits, told)
+    mixed = group.kind == STRAYS
+    case = Case(label, poison, candidates, True, best, limits, told, is_mixture=mixed)
     return replace(case, turned=group, is_disputed=True) if group.is_turned else case
 
 

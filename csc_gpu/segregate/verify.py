@@ -218,8 +218,8 @@ def judge(
     Rows that command the label must do so surely, and stand as they are, where the check is unsure,
     where it contradicts even most rows of the label that it learnt from, where it confirms their
     label (poison with a true one), or where they were turned round and neither way they are taken
-    for many labels. Rows that do not need a check that knows the label, and more of poison if it is
-    sure.
+    for many labels. Strays, a mixture, do not stand against a check that is sure. Rows that do not
+    command need a check that knows the label, and more of poison if it is sure.
     """
     ours = labels == case.label
     differs = check.predicted != labels
@@ -255,7 +255,7 @@ def judge(
             return None
         if not is_sure:
             return as_it_is
-    poison = case.firm
+    poison = case.firm & differs if case.is_mixture else case.firm
     for group in groups:
         share = poison_share(group)
         if share > 0 and share >= TRUSTED * float(differs[group].mean()):
