@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from csc_gpu import csc, recover
+from csc_gpu import csc, recover, sources
 from csc_gpu.backend import open_backend
 from csc_gpu.conceal import Settings as Concealment
+from csc_gpu.data import Settings as Reading
 from csc_gpu.segregate import Settings as Segregation
 from csc_gpu.train import Settings as Training
 from csc_gpu.types import DefenderView
@@ -110,3 +112,14 @@ def test_nothing_is_recovered_where_nobody_is_suspect_or_nobody_asked():
     assert told.recovered is None
     assert told.model is told.undefended
     assert csc.defend(DefenderView(corpus), settings_of(), CPU, seed=1).recovered is None
+
+
+def test_classes_of_two_kinds_each_are_suspected_and_go_free():
+    """Digits paired into five labels: their halves lie apart and command labels as triggers do."""
+    found = sources.load("digits", Reading(), backend=CPU).train
+    paired = replace(found, labels=found.labels // 2, classes=tuple("01234"))
+    how = csc.Settings(train=Training(model="resnet8"))
+    outcome = csc.defend(DefenderView(paired), how, CPU, seed=0)
+    notes = outcome.segregation.notes
+    assert notes["suspected_labels"] and notes["cleared_labels"] == notes["suspected_labels"]
+    assert not outcome.segregation.suspect.any()
