@@ -4,9 +4,8 @@
     python -m benchmarks.thresholds table LINES
 
 CELL is a trained cell of benchmarks.detection. One JSON line a cell, constant and factor; what has
-a line is skipped. A snapshot is clustered once, and images are asked a question once; a net that a
-check trains is kept in CELL/checks, so that only what puts other candidates to the check costs a
-training.
+a line is skipped. A snapshot is clustered once, and images are asked a question once; what a check
+says is kept in CELL/checks, so that only other candidates cost a training.
 """
 
 from __future__ import annotations
@@ -33,11 +32,16 @@ CONSTANTS = {
         "OUTSIDE", "MOST_OF_LABEL", "USUAL", "MARGIN", "ALONE", "SURELY", "OF_SOURCE", "MOSTLY",
         "APART",
     ),
-    "verify": ("TRUSTED", "UNEXPLAINED", "UNSURE", "LARGE", "BEYOND_CHANCE", "SCATTERED"),
+    "verify": ("TRUSTED", "UNEXPLAINED", "UNSURE", "LARGE", "BEYOND_CHANCE", "SCATTERED",
+        "CONTRADICTED", "MOST_LEFT_OUT"),
     "kin": ("REACHED", "KNOWN", "LIFT"),
     "settings": ("purity", "pure_homes", "persistence", "label_share", "max_label_share"),
 }  # fmt: skip
-"""Modules of csc_gpu.segregate and what they hold constant; of `settings`, those of stage 1."""
+"""Modules of csc_gpu.segregate and what they hold constant; of `settings`, those of stage 1.
+
+Not moved: what is a count (rows asked, folds, rounds), what clusters (its radii, min_share), which
+snapshots are seen, and how long the check's net learns.
+"""
 NOT_SHARES = ("APART", "LIFT", "BEYOND_CHANCE", "persistence")
 """All else is a share, and does not go above 1."""
 AS_IT_IS = "as it is"
@@ -95,7 +99,10 @@ class Remembering:
             csc.Stopwatch(cell.backend),
             seed=cell.told["seed"],
         )
-        self.folder, self.known, self.trained = cell.place / "checks", {}, 0
+        weights = (cell.place / "run" / "undefended.safetensors").read_bytes()
+        trained = repr((cell.settings.train, cell.settings.segregate.check_epochs))
+        of = hashlib.sha256(weights + trained.encode()).hexdigest()[:16]
+        self.folder, self.known, self.trained = cell.place / "checks" / of, {}, 0
 
     def points(self) -> Any:
         """As Trained's."""
@@ -116,7 +123,7 @@ class Remembering:
         if not kept.exists():
             found = self.witness.reclassify(candidates)
             self.trained += 1
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             np.savez(kept, controls=found.controls, predicted=found.predicted)
         with np.load(kept, allow_pickle=False) as stored:
             return Reclassified(candidates, stored["controls"], stored["predicted"])

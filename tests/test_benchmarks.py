@@ -842,7 +842,7 @@ def test_a_cell_is_judged_with_constants_moved_and_a_check_is_trained_once(tmp_p
     told = [(line["constant"], line["factor"]) for line in lines]
     assert told == [(name, factor) for _, name, factor in thresholds.variants()]
     trained = sum(line["checks_trained"] for line in lines)
-    assert trained == len(list((place / "checks").glob("*.npz")))
+    assert trained == len(list((place / "checks").glob("*/*.npz")))
     assert run(thresholds.cli, "judge", place, "--out", out).output == ""  # all has a line
     assert thresholds.read(out) == lines
     again = run(thresholds.cli, "judge", place, "--out", tmp_path / "again.jsonl")

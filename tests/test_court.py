@@ -193,18 +193,21 @@ def test_the_limit_of_a_label_lies_above_what_three_quarters_of_the_other_labels
 
 
 def test_what_a_label_itself_reaches_does_not_raise_its_limit():
-    _, limits = searched(Table(y0=[0.9], y1=[0.3]))
-    assert [limits[0].known, limits[1].known] == pytest.approx([0.6, 0.8])
-
-
-def test_labels_too_small_to_be_asked_do_not_lower_the_limit_of_the_others():
-    _, limits = searched(Table(y0=[0.9], y1=[0.3], y2=[], y3=[]))
+    _, limits = searched(Table(y0=[0.9], y1=[0.3], y2=[0.3], y3=[0.3]))
     assert [found.known for found in limits.values()] == pytest.approx([0.6, 0.8, 0.8, 0.8])
 
 
-def test_where_no_other_label_can_be_asked_the_lowest_limit_holds():
-    assert searched(Table(y0=[0.9], y1=[]))[1] == {0: Limits(0.3, 0.6), 1: Limits(0.8, 0.8)}
-    assert searched(Table(y0=[]))[1] == {0: Limits(0.3, 0.6)}
+def test_labels_too_small_to_be_asked_do_not_lower_the_limit_of_the_others():
+    _, limits = searched(Table(y0=[0.9], y1=[0.3], y2=[0.3], y3=[0.3], y4=[], y5=[]))
+    assert limits[0].known == pytest.approx(0.6)
+
+
+def test_where_fewer_than_three_others_can_be_asked_half_is_a_trigger_and_a_sure_one_is_so():
+    assert set(searched(Table(y0=[0.9], y1=[], y2=[0.0], y3=[0.0]))[1].values()) == {
+        Limits(0.5, 0.8),
+        Limits.beyond([0.9, 0.0, 0.0]),  # for y1, that was not asked itself
+    }
+    assert searched(Table(y0=[]))[1] == {0: Limits(0.5, 0.8)}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,7 @@ def test_where_no_other_label_can_be_asked_the_lowest_limit_holds():
     [(0.0, 0.3, 0.6), (0.1, 0.4, 0.7), (0.25, 0.55, 0.8), (0.4, 0.7, 0.8), (0.7, 0.8, 0.8)],
 )
 def test_a_trigger_is_sure_from_twice_the_margin_above_what_is_usual(usual, known, sure):
-    limits = Limits.beyond(usual)
+    limits = Limits.beyond([0.0, usual, usual])
     assert [limits.known, limits.sure] == pytest.approx([known, sure])
 
 
@@ -345,6 +348,7 @@ def test_a_core_that_a_trigger_explains_goes_before_a_mixed_group_that_commands_
         "trigger": True,
         "chosen": "core",
         "alone": [0.912, 0.1],
+        "turned": False,
         "rows": 20,
         "grown": 21,
     }
@@ -435,7 +439,7 @@ def test_belief_in_the_rows_of_a_cleared_label_stays_and_its_core_goes_before_it
 
 @pytest.mark.parametrize(("commands", "proved"), [(0.0, ()), (1.0, (0,))])
 def test_a_label_is_proved_by_a_trigger_and_the_check_not_by_the_check_alone(commands, proved):
-    there = world(classes=3, rows=50, poison=20)
+    there = world(classes=4, rows=50, poison=20)
     told = verdict(there, there.poison, oracle(there, commands=commands))
     np.testing.assert_array_equal(told.suspect, there.poison)
     assert told.proved == proved
@@ -558,6 +562,30 @@ def test_only_the_doubtful_case_is_turned_and_the_second_check_still_leaves_out_
     found, checks = heard(Still(labels), [doubtful, sure], witness)
     np.testing.assert_array_equal(witness.asked[1], poison | few)
     assert found[1][0] is sure and found[1][1] is checks[0]
+
+
+def test_a_way_round_that_the_check_mostly_confirms_does_not_count_for_its_few_errors():
+    """Four of sixty benign rows came out otherwise, each as another label; the poison all did."""
+    labels = np.repeat(np.arange(5), [180, 60, 60, 60, 60])
+    place = np.arange(len(labels))
+    benign = place < 60
+    poison = (labels == 0) & ~benign
+    uneven = 1 + (place % 10 >= 4) + (place % 10 >= 7) + (place % 10 >= 9)
+    case = explained_by(
+        Still(labels), 0, Group("core", poison, benign, 0.9, (0.9, 0.3), True), 0.9, LIMITS, {}
+    )
+
+    class Errs(Twice):
+        def reclassify(self, candidates):
+            self.asked.append(candidates)
+            odd = np.where(place < 4, 1 + place, labels)
+            predicted = np.where(poison, uneven, labels) if candidates[poison].any() else odd
+            return Reclassified(candidates, np.zeros_like(candidates), predicted)
+
+    (found,), checks = heard(Still(labels), [case], Errs(labels, poison, uneven))
+    (first, turned) = case.told["ways"]
+    assert turned[1] > first[1] > 0.8 and turned[0] < 0.1  # more labels, of hardly any rows
+    assert found[0] is case and found[1] is checks[0] and len(checks) == 2
 
 
 def test_the_way_round_whose_poison_comes_from_more_labels_counts_even_if_it_was_doubted():

@@ -97,9 +97,30 @@ def test_strays_that_a_reliable_model_confirms_go_free_even_if_they_command_the_
         wrong = CONTROLS & (ROW % errors == 0) if errors else CONTROLS & False
         predicted = np.where((POISON & ~confirmed) | wrong, 1 + ROW % 4, LABELS)
         case = Case(0, POISON, POISON, True, commands, Limits(0.3, 0.8), {}, is_mixture=True)
-        word = judge(case, LABELS, Reclassified(POISON, CONTROLS, predicted), Settings())
-        assert (word.poison.sum() if word else 0) == left
+        for heard in (case, replace(case, is_disputed=True)):
+            word = judge(heard, LABELS, Reclassified(POISON, CONTROLS, predicted), Settings())
+            assert (word.poison.sum() if word else 0) == left
         np.testing.assert_array_equal(case.firm, POISON)
+
+
+@pytest.mark.parametrize(
+    ("others", "commanded", "commands", "is_poison"),
+    [
+        (2, True, 0.79, False),
+        (2, True, 0.8, True),
+        (2, False, 0.0, False),
+        (3, True, 0.79, True),
+        (3, False, 0.0, True),
+    ],
+)
+def test_with_fewer_than_four_labels_only_a_sure_trigger_convicts(
+    others, commanded, commands, is_poison
+):
+    """Digits below five and the others: one kind of each was flagged, 144 rows of 1,438."""
+    labels = np.where(ROW < 380, 0, 1 + ROW % others)
+    case = Case(0, POISON, POISON, commanded, commands, Limits(0.5, 0.8), {})
+    check = Reclassified(POISON, CONTROLS, np.where(POISON, 1 + ROW % others, labels))
+    assert (judge(case, labels, check, Settings()) is not None) == is_poison
 
 
 def test_an_unsure_model_that_mostly_confirms_a_false_label_leaves_the_rows_as_they_stand():
@@ -176,9 +197,9 @@ def test_what_a_check_confirms_counts_if_it_is_sure_and_the_label_false():
 
 
 def test_controls_of_the_label_count_where_it_is_harder_than_the_others():
-    labels = np.where(ROW < 350, 0, 1)  # half of the controls are of another label
+    labels = np.where(ROW < 350, 0, 1 + ROW % 3)  # half of the controls are of other labels
     differs = (ROW < 65) | (CONTROLS & (labels == 0) & (ROW % 5 < 2))
-    check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
+    check = Reclassified(POISON, CONTROLS, np.where(differs, (labels + 1) % 4, labels))
     case = Case(0, POISON, POISON, False, 0.0, Limits(0.5, 0.8), {})
     assert judge(case, labels, check, Settings()) is None  # .65 differ, of unseen benign rows .4
     usual = 21 / 102
@@ -542,7 +563,7 @@ def test_where_poison_outnumbers_its_label_the_strays_are_the_benign_rows():
     assert court.trigger(0, right, Limits(0.5, 0.8)).alone == turned.alone
     half = there.poison & (np.cumsum(there.poison) % 3 == 0)
     mixed = Group("strays", half | benign, there.poison & ~half, 0.7)
-    weak = Court(there.labels, [last], there.points, oracle(there, commands=0.4), Settings(), CPU)
+    weak = Court(there.labels, [last], there.points, oracle(there, commands=0.49), Settings(), CPU)
     # neither works alone: strays are a mixture
     np.testing.assert_array_equal(weak.trigger(0, mixed, Limits(0.5, 0.8)).rows, mixed.rows)
     assert weak.trigger(0, Group("halves", half, benign, 0.7), Limits(0.5, 0.8)) is None

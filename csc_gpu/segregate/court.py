@@ -26,11 +26,15 @@ says nothing about it."""
 USUAL = 0.75
 """Share of labels that are taken to be free of poison: what they reach is usual."""
 MARGIN = 0.3
-"""A pattern that commands so much more than is usual is a trigger, and twice as much a sure one;"""
+"""A pattern that commands so much more than is usual is a trigger, and by twice as much a sure
+one."""
 SURELY = 0.8
-"""at this share of other labels' images it is one whatever is usual."""
+"""One that commands this share of other labels' images is a sure trigger, whatever is usual."""
+FEW = 3
+"""Fewer other labels do not tell what is usual, nor whether rows are taken for many of them."""
 ALONE = 0.5
-"""One of two groups commands this share of them alone, by the mean of all other labels."""
+"""Share that one of two groups must command alone, by the mean of all other labels; and that makes
+a trigger where nobody knows what is usual."""
 OF_SOURCE, MOSTLY = 0.2, 2 / 3
 """Share of the contradicted rows of a label that must be of the one whose images they command: few,
 for covers (TaCT) teach the check their own labels; most, where all that speaks is that they lie
@@ -84,8 +88,11 @@ class Limits:
     sure: float  # the share from which no check need agree
 
     @classmethod
-    def beyond(cls, usual: float) -> Limits:
-        """Limits above the share of other labels' images that a label usually gets. 0..1"""
+    def beyond(cls, others: Sequence[float]) -> Limits:
+        """Limits above what most other labels' best patterns command, one share of each. 0..1"""
+        if len(others) < FEW:
+            return cls(ALONE, SURELY)
+        usual = float(np.quantile(others, USUAL))
         return cls(min(SURELY, usual + MARGIN), min(SURELY, usual + 2 * MARGIN))
 
 
@@ -125,8 +132,7 @@ def searched(court: Court) -> tuple[dict[int, list[Group]], dict[int, Limits]]:
     best = {y: max(group.commands for group in groups) for y, groups in found.items() if groups}
     limits = {}
     for label in found:
-        usual = float(np.quantile([best[y] for y in best if y != label] or [0.0], USUAL))
-        limits[label] = Limits.beyond(usual)
+        limits[label] = Limits.beyond([best[y] for y in best if y != label])
     return found, limits
 
 
@@ -320,6 +326,7 @@ def of_group(group: Group, poison: Mask) -> dict[str, Any]:
     return {
         "chosen": group.kind,
         "alone": [round(share, 3) for share in group.alone],
+        "turned": group.is_turned,
         "rows": int(group.rows.sum()),
         "grown": int(poison.sum()),
     }

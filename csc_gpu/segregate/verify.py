@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from csc_gpu.backend import Backend
 from csc_gpu.segregate.court import (
     CORE,
+    FEW,
     Case,
     Court,
     Group,
@@ -51,6 +52,8 @@ LARGE = 1 / 3
 """Share of a label from which left-out rows may be benign ones that the check has no idea of."""
 BEYOND_CHANCE = 2.0
 """A label is no source that gets less than so many times what an even choice would give it."""
+CONTRADICTED = 0.5
+"""Poison with a false label: the check contradicts so many of its candidates, at least."""
 SCATTERED = 0.5
 """Poison with a false label comes from many: its true labels are as many, in perplexity, as this
 share of all others at least. Benign rows that a check never saw are taken for a few like them."""
@@ -130,7 +133,7 @@ def heard(
 
     Where a group was turned round, the candidates that the check contradicts may be benign rows
     that it never saw. Then a second check learns from these and not from the others; the way round
-    counts whose candidates get more labels.
+    counts whose candidates get more labels, if they are contradicted as well.
     """
     check = witness.reclassify(left_out(cases))
     others = {
@@ -145,7 +148,14 @@ def heard(
     for case in cases:
         ways = [(case, check)]
         if case.label in others:
-            ways.append((others[case.label], second))
+            back = others[case.label]
+            told = [
+                [round(said(*way, court.labels), 3) for said in (contradicted, scattered)]
+                for way in ((case, check), (back, second))
+            ]
+            case.told["ways"] = back.told["ways"] = told
+            if contradicted(back, second, court.labels) >= CONTRADICTED:
+                ways.append((back, second))
         found.append(max(ways, key=lambda way: scattered(way[0], way[1], court.labels)))
     return found, (check, second)
 
@@ -179,9 +189,14 @@ def is_doubtful(case: Case, turned: Group, check: Reclassified, labels: NDArray[
     Nothing else spoke for strays or halves, so they may not if many labels are told. A core is an
     island besides, and turned round it is the label's home that is called poison.
     """
-    contradicted = float((check.predicted != labels)[case.candidates].mean())
     is_few = scattered(case, check, labels) < SCATTERED
-    return contradicted >= 0.5 and (turned.kind == CORE or is_few)
+    is_wrong = contradicted(case, check, labels) >= CONTRADICTED
+    return is_wrong and (turned.kind == CORE or is_few)
+
+
+def contradicted(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> float:
+    """Share of the candidates that a check gives another label. 0..1"""
+    return float((check.predicted != labels)[case.candidates].mean())
 
 
 def firm_rows(court: Court, case: Case, word: Word) -> Mask:
@@ -219,7 +234,8 @@ def judge(
     where it contradicts even most rows of the label that it learnt from, where it confirms their
     label (poison with a true one), or where they were turned round and neither way they are taken
     for many labels. Strays, a mixture, do not stand against a check that is sure. Rows that do not
-    command need a check that knows the label, and more of poison if it is sure.
+    command need a check that knows the label, and more of poison if it is sure. With so few labels
+    that benign rows that it never saw cannot be told from poison, only a sure trigger counts.
     """
     ours = labels == case.label
     differs = check.predicted != labels
@@ -241,10 +257,13 @@ def judge(
     case.told["poison_share"] = [round(poison_share(group), 4) for group in groups]
     is_sure = wrong <= UNSURE
     knows_label = groups[-1].any() and differs[groups[-1]].mean() < 0.5
+    is_sure_trigger = case.is_commanded and case.commands >= case.limits.sure
+    if len(np.unique(labels)) <= FEW and not is_sure_trigger:
+        return None
     is_odd = case.is_disputed and scattered(case, check, labels) < SCATTERED
     as_it_is = Word(case.poison, np.zeros_like(ours))
     if case.is_commanded and (is_odd or not (is_sure and knows_label and false_label)):
-        return as_it_is if case.commands >= case.limits.sure else None
+        return as_it_is if is_sure_trigger else None
     if case.source is not None and is_from_elsewhere(case, check, labels):
         return None
     if not case.is_commanded and may_be_unseen(case, check, labels):
