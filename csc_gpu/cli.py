@@ -632,12 +632,18 @@ def matrix(plan: Path, out: Path, work: Path | None, retry: bool, backend: Any) 
 
     PLAN is TOML: data, attacks, defenses, rates, rates_of_target, targets, seeds, reserve, and the
     tables [settings], [defense.NAME] and [attack.NAME]. plain, oracle and random are rows of every
-    table, named in the plan or not. Called again it goes on where it stopped.
+    table, named in the plan or not. Called again it goes on where it stopped. A cell that fails is
+    a row with its error, and the exit status is 1 in the end.
     """
     from csc_gpu import comparison
 
-    for line in comparison.run_plan(plan, out, work, retry=retry, backend=backend):
-        click.echo(line)
+    failed = 0
+    for row in comparison.run_plan(plan, out, work, retry=retry, backend=backend):
+        click.echo(comparison.said(row))
+        failed += bool(row["error"])
+    if failed:
+        click.echo(f"{failed} cells failed; with --retry they are run again", err=True)
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()

@@ -222,13 +222,12 @@ def write(source: Path, out: Path) -> list[Path]:
 
 def run_plan(
     plan: Path, out: Path, work: Path | None, *, retry: bool, backend: Backend
-) -> Iterator[str]:
-    """Run a plan's cells that have no row yet; what came of each, in a line of text."""
+) -> Iterator[Row]:
+    """Run a plan's cells that have no row yet, and yield their rows."""
     work = work or out.with_name(out.name + ".work")
     with Console() as log:
         wanted = matrix.read_plan(plan)
-        for row in matrix.cells(wanted, out, work, backend, retry=retry, log=log):
-            yield said(row)
+        yield from matrix.cells(wanted, out, work, backend, retry=retry, log=log)
 
 
 def said(row: Row) -> str:

@@ -3,8 +3,8 @@
 A group is one poisoned corpus; its defenses share it, the clean images that some of them need, and
 the net of ordinary training, from which most of them start. The clean images are held out of the
 test part before the key is made, so that nobody is scored on them. Two rows of a table are no
-defenses, and the only ones that are handed the key: `oracle` removes exactly the poison, `random`
-as many rows at random; both then train anew.
+defenses: `oracle`, the only one that is handed the key, removes exactly the poison, `random`, told
+how many that are, as many rows at random; both then train anew.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from csc_gpu.defenses.course import PLAIN, Course, verdict
 from csc_gpu.errors import ConfigError, CscError, Interrupted, OutputError
 from csc_gpu.types import AnswerKey, Corpus, DefenderView, Log, Mask, Outcome, Split, quiet
 
-ORACLE, RANDOM = TOLD = "oracle", "random"
+ORACLE, RANDOM = "oracle", "random"
+TOLD = {ORACLE: "the key", RANDOM: "how many are poison"}
+"""Rows that are no defenses, and what they are told."""
 WATCHES = "csc"
 """The defense that looks at its training, and so cannot start from a trained net."""
 CONTROLS = ("plain", *TOLD)
@@ -83,6 +85,9 @@ class Plan:
         lists = ("data", "attacks", "defenses", "rates", "rates_of_target", "targets", "seeds")
         require(self, "plan", "a list that is not empty", lambda items: len(items) > 0, *lists)
         require(self, "plan", "in (0, 1)", lambda share: 0 < share < 1, "reserve")
+        shares = "shares in (0, 1)"
+        rates = ("rates", "rates_of_target")
+        require(self, "plan", shares, lambda told: all(0 < x < 1 for x in told), *rates)
         seeds = "numbers from 0"
         require(self, "plan", seeds, lambda numbers: min(numbers) >= 0, "seeds")
         for name in (*self.defenses, *self.defense):
@@ -199,9 +204,9 @@ def cells(
 ) -> Iterator[dict[str, Any]]:
     """Run every cell that `out` has no line of, append its line, and yield it.
 
-    With `retry` those that failed are run again. Raises ConfigError before anything is run if a
-    defense or an attack refuses its settings; OutputError if another process works in `work`, or
-    what is there was made of other images.
+    With `retry` those that failed are run again. Raises, before anything is run, ConfigError if a
+    defense or an attack refuses its settings, CorpusError for a source that cannot be opened;
+    OutputError if another process works in `work`, or what is there was made of other images.
     """
     with run.locked(work):
         yield from _cells(plan, out, work, backend, retry=retry, log=log)
@@ -210,15 +215,20 @@ def cells(
 def _cells(
     plan: Plan, out: Path, work: Path, backend: Backend, *, retry: bool, log: Log
 ) -> Iterator[dict[str, Any]]:
-    wanted = list(groups(plan))
+    wanted = list(dict.fromkeys(groups(plan)))
     for group in wanted:
         group.settings()
     for defense in plan.compared:
         _settings(plan, defense, 0.0, backend)
     end_line(out)
     done = {line["key"] for line in read_rows(out) if not (retry and line["error"])}
-    for group in wanted:
-        todo = [name for name in plan.compared if _key(plan, group, name, backend) not in done]
+    left = {
+        group: [name for name in plan.compared if _key(plan, group, name, backend) not in done]
+        for group in wanted
+    }
+    for source in dict.fromkeys(group.source for group, todo in left.items() if todo):
+        data.open_source(source, _settings(plan, "plain", 0.0, backend).data, log)
+    for group, todo in left.items():
         if not todo:
             continue
         place = work / _digest(group.about | {"settings": _shared_settings(plan, backend)})
@@ -342,7 +352,7 @@ class Table:
         key, seed, backend = self.key, self.group.plan.seed, self.backend
         true_rate = float(key.is_poison.mean())
         settings = _settings(self.plan, defense, true_rate, backend)
-        needs = DEFENSES[defense].needs if defense in DEFENSES else ("the key",)
+        needs = DEFENSES[defense].needs if defense in DEFENSES else (TOLD[defense],)
         view = DefenderView(self.split.train, self.trusted if RESERVE in needs else None)
         shares = flattened(settings.train) == _shared_settings(self.plan, backend)
         kept = Ordinary(self.folder, leads=defense == WATCHES) if shares else NOWHERE
@@ -351,7 +361,10 @@ class Table:
         if defense in DEFENSES:
             outcome = DEFENSES[defense].run(view, settings, backend, **how)
         else:
-            outcome = told_the_truth(defense, view, settings, backend, key.is_poison, **how)
+            removed = key.is_poison
+            if defense == RANDOM:
+                removed = drawn(len(removed), int(removed.sum()), seed)
+            outcome = without(defense, view, settings, backend, removed, **how)
         if isinstance(kept, Ordinary) and kept.made and PLAIN in outcome.seconds:
             self._tell_seconds(outcome)
         plain, cost = self._undefended(log), Cost(outcome.seconds, outcome.cpu_seconds)
@@ -483,29 +496,37 @@ class Ordinary:
         return False
 
 
-def told_the_truth(
+def drawn(n: int, count: int, seed: int) -> Mask:
+    """So many of n rows, at random. (n,)"""
+    rng, chosen = np.random.default_rng(seed), np.zeros(n, bool)
+    chosen[rng.choice(n, count, replace=False)] = True
+    return chosen
+
+
+def without(
     name: str,
     view: DefenderView,
     settings: csc.Common,
     backend: Backend,
-    poison: Mask,
+    removed: Mask,
     *,
     seed: int,
     log: Log = quiet,
     kept: Checkpoints = NOWHERE,
 ) -> Outcome:
-    """Train anew without the poison (oracle), or without as many rows at random."""
+    """Train anew without some rows (N,): the poison (oracle), or as many at random (random)."""
     course = Course(view, settings, backend, seed=seed, log=log, kept=kept)
-    removed = poison
-    if name == RANDOM:
-        rng = np.random.default_rng(seed)
-        removed = np.zeros(len(poison), bool)
-        removed[rng.choice(len(poison), int(poison.sum()), replace=False)] = True
     found = verdict(removed, removed.astype(float), name)
     return course.outcome(course.retrained(removed), None, found)
 
 
 # --- lines --------------------------------------------------------------------------------------
+
+NAMES = (
+    "key", "data", "attack", "rate", "rate_of", "label_noise", "attack_options", "seed", "defense",
+    "changed", "error",
+)  # fmt: skip
+"""What every line says, whatever wrote it."""
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -518,11 +539,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         *whole, last = path.read_text(encoding="utf-8").split("\n")
         lines = [json.loads(line) for line in (*whole, *([last] if _is_whole(last) else []))]
-        if all("key" in line and "defense" in line for line in lines):
-            return lines
-    except (OSError, ValueError, TypeError) as fault:
+    except (OSError, ValueError) as fault:
         raise ConfigError(f"{path} is no results file of csc-gpu matrix: {fault}") from fault
-    raise ConfigError(f"{path} is no results file of csc-gpu matrix: a line has no key")
+    for number, line in enumerate(lines, 1):
+        lacking = [name for name in NAMES if not isinstance(line, dict) or name not in line]
+        if lacking:
+            said = f"line {number} has no {lacking[0]!r}"
+            raise ConfigError(f"{path} is no results file of csc-gpu matrix: {said}")
+    return lines
 
 
 def end_line(path: Path) -> None:

@@ -647,6 +647,8 @@ def load_snapshots(path: Path) -> Snapshots:
             f"{path}: features hold NaN or infinity in {int((~finite).sum())} rows, "
             f"the first is row {int(finite.argmin())}"
         )
+    if abs(points).max() > LARGEST:
+        raise CorpusError(f"{path}: features above {LARGEST:.0e} have no squares; scale them down")
     labels, classes = _classes(path, arrays)
     epoch = np.atleast_1d(arrays.get("epoch", np.arange(len(points))))
     paths = arrays.get("paths", np.array([f"{path.name}#{row}" for row in range(n)]))
@@ -679,6 +681,8 @@ def load_snapshots(path: Path) -> Snapshots:
     )
 
 
+LARGEST = 1e15
+"""Distances between features are squared and added up in single precision."""
 OPTIONAL = (
     "epoch",
     "paths",

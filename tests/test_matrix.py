@@ -89,6 +89,8 @@ def test_a_plan_is_every_combination_and_no_attack_is_there_once(tmp_path):
         ("seeds = []", "plan.seeds"),
         ("seeds = [-1]", "plan.seeds"),
         ("reserve = 1.0", "plan.reserve"),
+        ("rates = [0.1, 5.0]", "plan.rates"),
+        ("rates_of_target = [0]", "plan.rates_of_target"),
         ("colour = 1", "colour"),
         ("seeds = [0", "TOML"),
     ],
@@ -344,9 +346,21 @@ def test_a_failed_cell_is_a_line_with_its_error_and_the_others_go_on(source, tmp
     assert list(matrix.cells(plan, out, tmp_path / "w", CPU)) == []
     assert len(list(matrix.cells(plan, out, tmp_path / "w", CPU, retry=True))) == 1
     assert len(times) == 2
-    gone = plan_of("no/where.npz", defenses=("plain",))
-    lost = list(matrix.cells(gone, tmp_path / "lost.jsonl", tmp_path / "w", CPU))
-    assert "no/where.npz" in lost[0]["error"]
+
+
+def test_a_source_that_is_not_there_is_refused_before_anything_runs(source, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    gone = plan_of(source, data=(str(source), "no/where.npz"), defenses=("plain",))
+    with pytest.raises(CorpusError, match=r"no/where\.npz"):
+        list(matrix.cells(gone, rows, tmp_path / "w", CPU))
+    assert not rows.exists()
+
+
+def test_a_seed_or_rate_that_is_named_twice_is_run_once(source, tmp_path):
+    plan = plan_of(source, defenses=("plain",), seeds=(0, 0), rates=(0.1, 0.1))
+    assert len(set(matrix.groups(plan))) == 1
+    rows = matrix.cells(plan, tmp_path / "rows.jsonl", tmp_path / "w", CPU)
+    assert [row["defense"] for row in rows] == ["plain", "oracle", "random"]
 
 
 def test_one_that_is_asked_to_stop_stops(source, tmp_path, monkeypatch):
@@ -367,12 +381,12 @@ def test_a_second_process_is_refused_the_folder_of_work(source, tmp_path):
 
 def test_reading_rows_changes_no_file_and_a_whole_line_counts_without_its_end(tmp_path):
     path = tmp_path / "rows.jsonl"
-    lines = [json.dumps({"key": name, "defense": "ac"}) for name in "ab"]
+    lines = [json.dumps(made(key=name)) for name in "ab"]
     path.write_text("\n".join(lines))
     assert [row["key"] for row in matrix.read_rows(path)] == ["a", "b"]
     assert path.read_text() == "\n".join(lines)
     matrix.end_line(path)
-    matrix.append(path, {"key": "c", "defense": "ac"})
+    matrix.append(path, made(key="c"))
     assert [row["key"] for row in matrix.read_rows(path)] == ["a", "b", "c"]
     with path.open("a") as file:
         file.write('{"key": "d", "def')
@@ -578,12 +592,15 @@ def test_a_file_without_rows_or_with_others_is_refused(tmp_path):
     with pytest.raises(CorpusError, match="no rows"):
         comparison.write(tmp_path / "none.jsonl", tmp_path / "out")
     strange = tmp_path / "strange.jsonl"
-    strange.write_text('{"a": 1}\n')
-    with pytest.raises(ConfigError, match="no results file"):
-        comparison.write(strange, tmp_path / "out")
+    thin = json.dumps({name: value for name, value in made().items() if name != "rate"})
+    for text, told in (('{"a": 1}', "line 1 has no 'key'"), ("5", "line 1 has no 'key'"),
+                       (f"{json.dumps(made())}\n{thin}", "line 2 has no 'rate'")):  # fmt: skip
+        strange.write_text(f"{text}\n")
+        with pytest.raises(ConfigError, match=f"no results file.*{told}"):
+            comparison.write(strange, tmp_path / "out")
 
 
-def test_the_commands_run_a_plan_and_make_its_tables(source, tmp_path):
+def test_the_commands_run_a_plan_and_make_its_tables(source, tmp_path, monkeypatch):
     plan = tmp_path / "plan.toml"
     told = "".join(f"{name} = {json.dumps(value)}\n" for name, value in QUICK.items())
     plan.write_text(
@@ -593,6 +610,11 @@ def test_the_commands_run_a_plan_and_make_its_tables(source, tmp_path):
     done = CliRunner().invoke(cli, [str(word) for word in words])
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("few badnets 0.05 seed 0 plain: asr before")
+    monkeypatch.setitem(DEFENSES, "luckless", failing([]))
+    plan.write_text(plan.read_text().replace('["plain"]', '["plain", "luckless"]'))
+    failed = CliRunner().invoke(cli, [str(word) for word in words])
+    assert failed.exit_code == 1 and "luckless: failed: ValueError: out of luck" in failed.stdout
+    assert failed.stderr.endswith("1 cells failed; with --retry they are run again\n")
     words = ["report", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
     done = CliRunner().invoke(cli, [str(word) for word in words])
     assert done.exit_code == 0, done.output

@@ -625,6 +625,12 @@ def test_features_that_are_not_finite_are_told_with_the_first_row(tmp_path: Path
         load_snapshots(saved(tmp_path, features=points, labels=LABELS))
 
 
+def test_features_too_large_for_their_squares_are_refused(tmp_path: Path):
+    load_snapshots(saved(tmp_path, features=POINTS / abs(POINTS).max() * 9e14, labels=LABELS))
+    with pytest.raises(CorpusError, match="above 1e\\+15"):
+        load_snapshots(saved(tmp_path, features=POINTS / abs(POINTS).max() * 1.1e15, labels=LABELS))
+
+
 def test_one_class_alone_cannot_be_segregated(tmp_path: Path):
     with pytest.raises(CorpusError, match="only one class"):
         load_snapshots(saved(tmp_path, features=POINTS, labels=np.zeros(4)))

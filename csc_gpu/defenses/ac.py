@@ -174,18 +174,22 @@ def decided(
     suspect, belief = np.zeros(n, bool), np.zeros(n)
     cluster, size, source = np.full(n, -1), np.zeros(n, int), labels.copy()
     excluded = _excluded(parts, n, chosen, reclassify) if chosen.decide == "exclusion" else {}
+    told: list[list[int]] = []
     for number, part in enumerate(parts):
         cluster[part.rows], size[part.rows] = number, len(part.rows)
         predicted = excluded.get(number)
         poison, evidence = _poison(part, predicted, chosen)
+        if predicted is not None:
+            told.append([part.label, len(part.rows), *_counts(part, predicted)])
         belief[part.rows] = evidence * part.near
         suspect[part.rows] = poison
         if predicted is not None:
             source[part.rows] = _source(predicted, part.label, chosen)
     table = {"cluster": cluster, "cluster_size": size}
+    notes = {"decide": chosen.decide, "parts": len(parts), "exclusions": _count(parts, chosen)}
     if excluded:
         table["source"] = source
-    notes = {"decide": chosen.decide, "parts": len(parts), "exclusions": _count(parts, chosen)}
+        notes["label, rows, l, p"] = told  # of every part that was excluded
     return verdict(suspect, belief, "ac", notes, **table)
 
 
@@ -291,10 +295,14 @@ def _poison(part: Part, predicted: Labels | None, chosen: Clustering) -> tuple[b
         return fits > chosen.silhouette, fits
     if predicted is None:
         return False, 0.0
-    counts = np.bincount(predicted, minlength=part.label + 1)
-    own = int(counts[part.label])
-    others = int(np.delete(counts, part.label).max(initial=0))
+    own, others = _counts(part, predicted)
     return own < chosen.ratio * others, others / max(1, own + others)
+
+
+def _counts(part: Part, predicted: Labels) -> tuple[int, int]:
+    """l and p: rows of a part that keep their label, and that get the most frequent other one."""
+    counts = np.bincount(predicted, minlength=part.label + 1)
+    return int(counts[part.label]), int(np.delete(counts, part.label).max(initial=0))
 
 
 def _source(predicted: Labels, label: int, chosen: Clustering) -> Labels:
