@@ -93,9 +93,15 @@ def test_a_model_wrong_on_every_third_control_leaves_the_rows_as_they_stand(comm
 def test_strays_that_a_reliable_model_confirms_go_free_even_if_they_command_the_label():
     """Half of a percent of MNIST was flagged with as many benign strays of its label."""
     confirmed = (ROW >= 60) & (ROW < 100)
-    for commands, errors, left in ((0.6, 0, 60), (0.6, 3, 0), (0.8, 3, 100)):
+    few = (ROW >= 30) & (ROW < 100)
+    for commands, errors, right, left in (
+        (0.6, 0, confirmed, 60),
+        (0.6, 3, confirmed, 0),
+        (0.8, 3, confirmed, 100),
+        (0.8, 0, few, 30),  # WaNet with seed 3: 39 of 50 strays were benign
+    ):
         wrong = CONTROLS & (ROW % errors == 0) if errors else CONTROLS & False
-        predicted = np.where((POISON & ~confirmed) | wrong, 1 + ROW % 4, LABELS)
+        predicted = np.where((POISON & ~right) | wrong, 1 + ROW % 4, LABELS)
         case = Case(0, POISON, POISON, True, commands, Limits(0.3, 0.8), {}, is_mixture=True)
         for heard in (case, replace(case, is_disputed=True)):
             word = judge(heard, LABELS, Reclassified(POISON, CONTROLS, predicted), Settings())

@@ -262,7 +262,8 @@ def judge(
         return None
     is_odd = case.is_disputed and scattered(case, check, labels) < SCATTERED
     as_it_is = Word(case.poison, np.zeros_like(ours))
-    if case.is_commanded and (is_odd or not (is_sure and knows_label and false_label)):
+    can_tell = is_sure and knows_label and (false_label or case.is_mixture)
+    if case.is_commanded and (is_odd or not can_tell):
         return as_it_is if is_sure_trigger else None
     if case.source is not None and is_from_elsewhere(case, check, labels):
         return None
