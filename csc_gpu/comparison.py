@@ -25,6 +25,7 @@ from csc_gpu.defenses import DEFENSES, RATE, RESERVE
 from csc_gpu.errors import CorpusError
 from csc_gpu.progress import Console
 from csc_gpu.scoring import EFFECTIVE
+from csc_gpu.segregate import Settings as Segregation
 
 Row = Mapping[str, Any]
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -182,11 +183,24 @@ def made_with(row: Row) -> dict[str, Any]:
     told = {name: row[name] for name in SETUP if name in row}
     if "settings" not in row:
         return told
-    settings = _usual(row["defense"]) | row["settings"]
+    settings = _suited(_usual(row["defense"]) | row["settings"], row.get("classes"))
     if row.get("told_rate") is not None:
         settings.pop(f"{row['defense']}.{RATE}", None)
     return told | {
         name: value for name, value in settings.items() if not name.startswith(matrix.ELSEWHERE)
+    }
+
+
+def _suited(settings: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
+    """The settings, those of segregation that wait for the number of labels as it fits them."""
+    told = {name: settings.get(f"segregate.{name}") for name in ("rule", "pca", "min_share")}
+    if classes is None or None in told.values():
+        return dict(settings)
+    fitting = Segregation(**told).suited(classes)  # type: ignore[arg-type]
+    return {
+        **settings,
+        "segregate.pca": fitting.pca,
+        "segregate.min_share": fitting.min_share,
     }
 
 

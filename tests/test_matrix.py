@@ -473,6 +473,15 @@ def test_a_setting_that_came_later_counts_as_its_default_and_told_rates_part_nob
     assert [line.n for line in comparison.lines(told)] == [2]
 
 
+@pytest.mark.parametrize(("classes", "pca", "lines"), [(10, 16, 1), (10, 20, 2), (400, 40, 1)])
+def test_what_the_number_of_labels_decides_is_no_difference(classes, pca, lines):
+    """Rows of before had the components by number that are now left to the labels."""
+    least = min(0.002, 0.2 / classes)
+    older = {"train.model": "resnet8", "segregate.pca": pca, "segregate.min_share": least}
+    rows = [made("csc", 0, classes=classes), made("csc", 1, classes=classes, settings=older)]
+    assert len(comparison.lines(rows)) == lines
+
+
 def test_n_counts_seeds_and_two_targets_of_one_seed_are_one_figure():
     rows = [made(asr=0.1), made(key="again", asr=0.3, target="3"), made(seed=1, asr=0.4)]
     (line,) = comparison.lines(rows)
