@@ -186,12 +186,15 @@ def scattered(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> flo
 def is_doubtful(case: Case, turned: Group, check: Reclassified, labels: NDArray[np.int64]) -> bool:
     """Whether a group that was turned round may have been right as it was.
 
-    Nothing else spoke for strays or halves, so they may not if many labels are told. A core is an
-    island besides, and turned round it is the label's home that is called poison.
+    A core is an island, and turned round it is the label's home that is called poison. Nothing
+    speaks for strays or halves unless they command alone as well; else they may be rows with a
+    false label. And they may not if many labels are told.
     """
-    is_few = scattered(case, check, labels) < SCATTERED
-    is_wrong = contradicted(case, check, labels) >= CONTRADICTED
-    return is_wrong and (turned.kind == CORE or is_few)
+    if contradicted(case, check, labels) < CONTRADICTED:
+        return False
+    if turned.kind == CORE:
+        return True
+    return turned.alone[1] >= case.limits.known and scattered(case, check, labels) < SCATTERED
 
 
 def contradicted(case: Case, check: Reclassified, labels: NDArray[np.int64]) -> float:
