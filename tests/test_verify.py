@@ -114,14 +114,12 @@ def test_strays_that_a_reliable_model_confirms_go_free_even_if_they_command_the_
     [
         (2, True, 0.79, False),
         (2, True, 0.8, True),
-        (2, False, 0.0, False),
+        (2, False, 0.0, True),
         (3, True, 0.79, True),
         (3, False, 0.0, True),
     ],
 )
-def test_with_fewer_than_four_labels_only_a_sure_trigger_convicts(
-    others, commanded, commands, is_poison
-):
+def test_with_fewer_than_four_labels_a_trigger_must_be_sure(others, commanded, commands, is_poison):
     """Digits below five and the others: one kind of each was flagged, 144 rows of 1,438."""
     labels = np.where(ROW < 380, 0, 1 + ROW % others)
     case = Case(0, POISON, POISON, commanded, commands, Limits(0.5, 0.8), {})

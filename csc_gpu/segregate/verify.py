@@ -238,7 +238,7 @@ def judge(
     label (poison with a true one), or where they were turned round and neither way they are taken
     for many labels. Strays, a mixture, do not stand against a check that is sure. Rows that do not
     command need a check that knows the label, and more of poison if it is sure. With so few labels
-    that benign rows that it never saw cannot be told from poison, only a sure trigger counts.
+    that nobody knows what is usual, a trigger that is not sure speaks for a label of two kinds.
     """
     ours = labels == case.label
     differs = check.predicted != labels
@@ -261,7 +261,7 @@ def judge(
     is_sure = wrong <= UNSURE
     knows_label = groups[-1].any() and differs[groups[-1]].mean() < 0.5
     is_sure_trigger = case.is_commanded and case.commands >= case.limits.sure
-    if len(np.unique(labels)) <= FEW and not is_sure_trigger:
+    if len(np.unique(labels)) <= FEW and case.is_commanded and not is_sure_trigger:
         return None
     is_odd = case.is_disputed and scattered(case, check, labels) < SCATTERED
     as_it_is = Word(case.poison, np.zeros_like(ours))
