@@ -32,8 +32,8 @@ CONSTANTS = {
         "OUTSIDE", "MOST_OF_LABEL", "USUAL", "MARGIN", "ALONE", "SURELY", "OF_SOURCE", "MOSTLY",
         "APART",
     ),
-    "verify": ("TRUSTED", "UNEXPLAINED", "UNSURE", "LARGE", "BEYOND_CHANCE", "SCATTERED",
-        "CONTRADICTED", "MOST_LEFT_OUT"),
+    "testimony": ("TRUSTED", "UNEXPLAINED", "UNSURE", "LARGE", "BEYOND_CHANCE", "SCATTERED"),
+    "verify": ("CONTRADICTED", "MOST_LEFT_OUT"),
     "kin": ("REACHED", "KNOWN", "LIFT"),
     "settings": ("purity", "pure_homes", "persistence", "label_share", "max_label_share"),
 }  # fmt: skip

@@ -23,19 +23,10 @@ from csc_gpu.segregate.court import (
     turned_back,
 )
 from csc_gpu.segregate.kin import Kin, coherent
-from csc_gpu.segregate.verify import (
-    Word,
-    firm_rows,
-    heard,
-    is_doubtful,
-    is_from_elsewhere,
-    judge,
-    may_be_unseen,
-    scattered,
-    verify,
-)
+from csc_gpu.segregate.testimony import Ruling, Word, by_check, judge
+from csc_gpu.segregate.verify import firm_rows, heard, is_doubtful, verify
 from csc_gpu.types import Clusters, Reclassified, Sighting, Transfer
-from tests.worlds import oracle, world
+from tests.worlds import heard_of, oracle, world
 
 CPU = open_backend("cpu", 1)
 ROW = np.arange(200)
@@ -302,7 +293,7 @@ def test_rows_are_of_one_source_if_the_check_gives_it_more_than_chance_does(
     case = Case(
         0, rows(0, 100), rows(0, 100), False, 0.0, LIMITS, {}, source=1, of_source=of_source
     )
-    assert is_from_elsewhere(case, check, labels) == elsewhere
+    assert heard_of(case, labels, check).is_from_elsewhere == elsewhere
 
 
 def test_groups_of_a_label_are_noted_with_the_one_label_that_they_command():
@@ -497,15 +488,16 @@ def test_benign_rows_that_were_taken_for_the_poison_are_found_out_by_their_few_l
     group = Group("halves", benign, poison, 1.0, (0.9, 0.5), is_turned)
     case = explained_by(Still(labels), 0, group, 1.0, LIMITS, {})
     witness = Twice(labels, poison, truth)
-    (found,), checks = heard(Still(labels), [case], witness)
+    (found,), checks = heard(Still(labels), [case], witness, Settings())
     if not is_turned:  # nobody doubts a group that was not turned round
-        assert found[0] is case and len(checks) == len(witness.asked) == 1
+        assert found.case is case and len(checks) == len(witness.asked) == 1
         return
     np.testing.assert_array_equal(witness.asked[0], benign)
     np.testing.assert_array_equal(witness.asked[1], poison)
-    np.testing.assert_array_equal(found[0].poison, poison)
-    assert found[0].told["turned_back"] and found[0].turned is None and found[0].is_disputed
-    assert found[1] is checks[1]
+    np.testing.assert_array_equal(found.case.poison, poison)
+    back = found.case
+    assert back.told["turned_back"] and back.turned is None and back.is_disputed
+    assert found.check is checks[1]
 
 
 @pytest.mark.parametrize(("kind", "hearings"), [("halves", 1), ("strays", 1), ("core", 2)])
@@ -515,10 +507,10 @@ def test_poison_that_comes_from_many_labels_is_not_doubted_but_a_core_is_heard_b
     labels, poison, truth = turned_world()
     group = Group(kind, poison, (labels == 0) & ~poison, 1.0, (0.9, 0.5), True)
     case = explained_by(Still(labels), 0, group, 1.0, LIMITS, {})
-    (found,), checks = heard(Still(labels), [case], Twice(labels, poison, truth))
-    assert found[0] is case and len(checks) == hearings
+    (found,), checks = heard(Still(labels), [case], Twice(labels, poison, truth), Settings())
+    assert found.case is case and len(checks) == hearings
     assert case.is_disputed and case.is_mixture == (kind == "strays")
-    assert scattered(case, checks[0], labels) == pytest.approx(1.0)
+    assert found.scattered == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
@@ -544,7 +536,7 @@ def test_a_group_that_was_turned_must_be_of_many_labels_or_surely_command(
         case = turned_back(Still(labels), case, group.turned())
     predicted = np.where(poison, 1 + np.arange(200) % kinds, labels)
     check = Reclassified(poison, controls & ~poison, predicted)
-    word = judge(case, labels, check, Settings())
+    word = judge(heard_of(case, labels, check))
     assert (word is not None) == is_poison
 
 
@@ -559,9 +551,9 @@ def test_only_the_doubtful_case_is_turned_and_the_second_check_still_leaves_out_
         Still(labels), 3, Group("core", few, (labels == 3) & ~few, 1.0), 1, LIMITS, {}
     )
     witness = Twice(labels, poison, truth)
-    found, checks = heard(Still(labels), [doubtful, sure], witness)
+    found, checks = heard(Still(labels), [doubtful, sure], witness, Settings())
     np.testing.assert_array_equal(witness.asked[1], poison | few)
-    assert found[1][0] is sure and found[1][1] is checks[0]
+    assert found[1].case is sure and found[1].check is checks[0]
 
 
 def test_a_way_round_that_the_check_mostly_confirms_does_not_count_for_its_few_errors():
@@ -582,10 +574,10 @@ def test_a_way_round_that_the_check_mostly_confirms_does_not_count_for_its_few_e
             predicted = np.where(poison, uneven, labels) if candidates[poison].any() else odd
             return Reclassified(candidates, np.zeros_like(candidates), predicted)
 
-    (found,), checks = heard(Still(labels), [case], Errs(labels, poison, uneven))
+    (found,), checks = heard(Still(labels), [case], Errs(labels, poison, uneven), Settings())
     (first, turned) = case.told["ways"]
     assert turned[1] > first[1] > 0.8 and turned[0] < 0.1  # more labels, of hardly any rows
-    assert found[0] is case and found[1] is checks[0] and len(checks) == 2
+    assert found.case is case and found.check is checks[0] and len(checks) == 2
 
 
 def test_the_way_round_whose_poison_comes_from_more_labels_counts_even_if_it_was_doubted():
@@ -595,8 +587,8 @@ def test_the_way_round_whose_poison_comes_from_more_labels_counts_even_if_it_was
         Still(labels), 0, Group("halves", benign, poison, 1.0, (0.9, 0.5), True), 1.0, LIMITS, {}
     )
     same = np.where(poison, 0, truth)  # the other group keeps its label: it is right
-    found, checks = heard(Still(labels), [case], Twice(labels, poison, same))
-    assert len(checks) == 2 and found[0][0] is case
+    found, checks = heard(Still(labels), [case], Twice(labels, poison, same), Settings())
+    assert len(checks) == 2 and found[0].case is case
 
 
 @pytest.mark.parametrize(("told", "share"), [([1, 1, 1, 1], 0.2), ([1, 2, 1, 2], 0.4), ([], 0.0)])
@@ -607,30 +599,31 @@ def test_labels_are_counted_as_perplexity(told, share):
     predicted[: len(told)] = told
     case = Case(0, poison, poison, True, 1.0, LIMITS, {})
     check = Reclassified(poison, np.zeros(9, bool), predicted)
-    assert scattered(case, check, labels) == pytest.approx(share)
+    assert heard_of(case, labels, check).scattered == pytest.approx(share)
 
 
 def told_few(contradicted, source=None):
-    """A case of half a label; the check gives so many of its candidates to one other label."""
+    """Of half a label the check gives so many candidates to one other label."""
     labels = np.repeat(np.arange(6), 40)
     half = (labels == 0) & (np.cumsum(labels == 0) <= 20)
     predicted = np.where(half & (np.cumsum(half) <= contradicted), 1, labels)
     case = Case(0, half, half, False, 0.0, LIMITS, {}, source=source)
-    return case, Reclassified(half, np.zeros(len(labels), bool), predicted), labels
+    check = Reclassified(half, np.zeros(len(labels), bool), predicted)
+    return heard_of(case, labels, check)
 
 
 def test_a_large_part_with_few_labels_may_be_unseen_but_not_if_it_commands_one_label():
-    assert may_be_unseen(*told_few(20))
-    assert not may_be_unseen(*told_few(20, source=1))  # poison of one class has few labels, too
+    assert by_check(told_few(20)) is Ruling.CLEARED
+    assert by_check(told_few(20, source=1)) is Ruling.AS_IT_IS  # poison of one class has few, too
 
 
 def test_a_group_that_the_check_mostly_confirms_is_not_doubted_for_its_few_labels():
     alone = (0.9, 0.5)
     for contradicted, doubtful in ((10, True), (9, False)):
-        case, check, labels = told_few(contradicted)
+        said = told_few(contradicted)
         for kind in ("halves", "core"):
             turned = Group(kind, NOBODY, NOBODY, 1.0, alone)
-            assert is_doubtful(case, turned, check, labels) == doubtful
+            assert is_doubtful(said, turned) == doubtful
 
 
 @pytest.mark.parametrize(
@@ -638,7 +631,5 @@ def test_a_group_that_the_check_mostly_confirms_is_not_doubted_for_its_few_label
 )
 def test_halves_that_command_nothing_alone_are_not_turned_back(kind, doubtful):
     """75 rows of Fashion-MNIST's trousers with a false label were flagged for being turned back."""
-    case, check, labels = told_few(20)
-    assert (
-        is_doubtful(case, Group(kind, NOBODY, NOBODY, 1.0, (0.9, 0.49)), check, labels) == doubtful
-    )
+    turned = Group(kind, NOBODY, NOBODY, 1.0, (0.9, 0.49))
+    assert is_doubtful(told_few(20), turned) == doubtful

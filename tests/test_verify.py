@@ -12,9 +12,10 @@ from csc_gpu.backend import open_backend
 from csc_gpu.segregate import Settings, capped, observe, segregate
 from csc_gpu.segregate.court import Case, Court, Group, Limits
 from csc_gpu.segregate.kin import apart, halves
-from csc_gpu.segregate.verify import judge, suspected_labels, verify, wrong_on
+from csc_gpu.segregate.testimony import judge, wrong_on
+from csc_gpu.segregate.verify import suspected_labels, verify
 from csc_gpu.types import Reclassified, Transfer
-from tests.worlds import Oracle, oracle, world
+from tests.worlds import Oracle, heard_of, oracle, world
 
 CPU = open_backend("cpu", 1)
 ROW = np.arange(404)
@@ -32,7 +33,7 @@ def held(differs, *, candidates=POISON, commanded=False, commands=1.0):
     """What is held of the first hundred rows if the check differs on these rows."""
     predicted = np.where(differs, 1 + ROW % 4, LABELS)
     case = Case(0, POISON, candidates, commanded, commands, Limits(0.5, 0.8), {})
-    word = judge(case, LABELS, Reclassified(candidates, CONTROLS, predicted), Settings())
+    word = judge(heard_of(case, LABELS, Reclassified(candidates, CONTROLS, predicted)))
     return word and word.poison
 
 
@@ -55,7 +56,7 @@ def test_a_large_part_of_a_label_is_no_poison_if_a_check_takes_it_for_few_labels
     part = np.arange(len(LABELS)) < rows
     predicted = np.where(part, 1 + ROW % kinds, LABELS)
     case = Case(0, part, part, commanded, 0.9, Limits(0.5, 0.8), {})
-    word = judge(case, LABELS, Reclassified(part, CONTROLS, predicted), Settings())
+    word = judge(heard_of(case, LABELS, Reclassified(part, CONTROLS, predicted)))
     assert (word is not None and (word.poison == part).all()) == is_poison
 
 
@@ -104,7 +105,7 @@ def test_strays_that_a_reliable_model_confirms_go_free_even_if_they_command_the_
         predicted = np.where((POISON & ~right) | wrong, 1 + ROW % 4, LABELS)
         case = Case(0, POISON, POISON, True, commands, Limits(0.3, 0.8), {}, is_mixture=True)
         for heard in (case, replace(case, is_disputed=True)):
-            word = judge(heard, LABELS, Reclassified(POISON, CONTROLS, predicted), Settings())
+            word = judge(heard_of(heard, LABELS, Reclassified(POISON, CONTROLS, predicted)))
             assert (word.poison.sum() if word else 0) == left
         np.testing.assert_array_equal(case.firm, POISON)
 
@@ -124,7 +125,7 @@ def test_with_fewer_than_four_labels_a_trigger_must_be_sure(others, commanded, c
     labels = np.where(ROW < 380, 0, 1 + ROW % others)
     case = Case(0, POISON, POISON, commanded, commands, Limits(0.5, 0.8), {})
     check = Reclassified(POISON, CONTROLS, np.where(POISON, 1 + ROW % others, labels))
-    assert (judge(case, labels, check, Settings()) is not None) == is_poison
+    assert (judge(heard_of(case, labels, check)) is not None) == is_poison
 
 
 def test_an_unsure_model_that_mostly_confirms_a_false_label_leaves_the_rows_as_they_stand():
@@ -193,7 +194,7 @@ def test_what_a_check_confirms_counts_if_it_is_sure_and_the_label_false():
     def confirmed(differs):
         case = Case(0, POISON, POISON, True, 1.0, Limits(0.5, 0.8), {})
         check = Reclassified(POISON, CONTROLS, np.where(differs, LABELS + 1, LABELS))
-        return judge(case, LABELS, check, Settings()).confirmed
+        return judge(heard_of(case, LABELS, check)).confirmed
 
     np.testing.assert_array_equal(confirmed(ROW < 90), (ROW >= 90) & (LABELS == 0))
     assert not confirmed(ROW < 40).any()  # poison whose labels are true, it may be
@@ -205,12 +206,14 @@ def test_controls_of_the_label_count_where_it_is_harder_than_the_others():
     differs = (ROW < 65) | (CONTROLS & (labels == 0) & (ROW % 5 < 2))
     check = Reclassified(POISON, CONTROLS, np.where(differs, (labels + 1) % 4, labels))
     case = Case(0, POISON, POISON, False, 0.0, Limits(0.5, 0.8), {})
-    assert judge(case, labels, check, Settings()) is None  # .65 differ, of unseen benign rows .4
+    said = heard_of(case, labels, check)
+    assert judge(said) is None  # .65 differ, of unseen benign rows .4
     usual = 21 / 102
     wrong = (20 + 8 * usual) / (50 + 8)
-    assert case.told["wrong_on_controls"] == pytest.approx(wrong, abs=1e-3)
-    assert judge(case, labels, check, Settings(min_rows=99)) is not None  # too few to say much
-    assert case.told["wrong_on_controls"] == pytest.approx((20 + 99 * usual) / (50 + 99), abs=1e-3)
+    assert said.wrong == pytest.approx(wrong)
+    said = heard_of(case, labels, check, min_rows=99)
+    assert judge(said) is not None  # too few to say much
+    assert said.wrong == pytest.approx((20 + 99 * usual) / (50 + 99))
 
 
 def test_a_label_of_few_controls_is_as_hard_as_the_others_if_none_of_them_differs():
@@ -218,8 +221,7 @@ def test_a_label_of_few_controls_is_as_hard_as_the_others_if_none_of_them_differ
     differs = POISON | (CONTROLS & (ROW == 399))
     check = Reclassified(POISON, CONTROLS, np.where(differs, labels + 1, labels))
     case = Case(0, POISON, POISON, False, 0.0, Limits(0.5, 0.8), {})
-    judge(case, labels, check, Settings())
-    assert case.told["wrong_on_controls"] == pytest.approx(2 / 102, abs=1e-3)
+    assert heard_of(case, labels, check).wrong == pytest.approx(2 / 102)
 
 
 def test_a_share_of_few_rows_is_pulled_to_one_half():

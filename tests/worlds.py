@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from csc_gpu.segregate.settings import Settings
+from csc_gpu.segregate.testimony import Testimony
 from csc_gpu.types import Mask, Reclassified, Transfer
 
 
@@ -91,3 +93,8 @@ def oracle(
 ) -> Oracle:
     """A witness of this world; see Oracle."""
     return Oracle(there, wrong, commands, xp, seed)
+
+
+def heard_of(case, labels, check, **changes):
+    """What the check says of the case, with the usual settings but for these."""
+    return Testimony(case, check, labels, Settings(**changes).min_rows)

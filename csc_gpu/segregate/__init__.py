@@ -5,7 +5,7 @@ principal components and clustered by DBSCAN, all of them or a sample that the o
 (sample.py), at radii taken from quantiles of the k-distance. Then a rule reads all the sightings
 (rules.py). CSC (arXiv 2604.21416) describes its rule in two ways that disagree; both are here as
 the paper's, `text` and `algorithm1`. `two-stage`, the default, and its first stage, `persistence`,
-are ours; stage 2 (verify.py, court.py) asks the model and the images.
+are ours; stage 2 (verify.py, court.py, testimony.py) asks the model and the images.
 """
 
 from __future__ import annotations
