@@ -326,7 +326,7 @@ def test_a_core_that_a_trigger_explains_goes_before_a_mixed_group_that_commands_
         group("core", 20, 60, 0.7, (0.91234, 0.1)),
         group("strays", 40, 40, 0.9, (0.8, 0.2)),
     ]
-    case = opened(judges, 0, tried, list(tried), Limits(0.61234, 0.8))
+    (case,) = opened(judges, 0, tried, list(tried), Limits(0.61234, 0.8))
     np.testing.assert_array_equal(case.poison, CORE | (ROW == 99))  # as it is, and its kin
     np.testing.assert_array_equal(case.candidates, rows(0, 60) | (ROW == 99))
     assert (case.label, case.is_commanded, case.limits.known) == (0, True, 0.61234)
@@ -347,15 +347,27 @@ def test_a_core_that_a_trigger_explains_goes_before_a_mixed_group_that_commands_
 
 def test_of_mixed_groups_the_one_that_commands_most_is_held_for_what_it_has_in_common():
     judges, _ = court()
-    tried = [
-        group("core", 20, 60, 0.3),
-        group("strays", 40, 40, 0.7, (0.8, 0.2)),
-        group("halves", 30, 30, 0.9, (0.7, 0.3)),
-    ]
-    case = opened(judges, 0, tried, [None, *tried[1:]], Limits(0.6, 0.8))
+    tried = [group("strays", 40, 40, 0.7, (0.8, 0.2)), group("halves", 30, 30, 0.9, (0.7, 0.3))]
+    (case,) = opened(judges, 0, tried, list(tried), Limits(0.6, 0.8))
     assert (case.told["chosen"], case.told["alone"]) == ("halves", [0.7, 0.3])
     np.testing.assert_array_equal(case.poison, (rows(0, 30) & (ROW % 2 == 0)) | (ROW == 99))
     np.testing.assert_array_equal(case.candidates, rows(0, 30) | (ROW == 99))
+
+
+@pytest.mark.parametrize(("home_from", "cases"), [(49, 2), (50, 1)])
+def test_a_core_that_no_trigger_explains_is_heard_beside_strays_if_the_check_still_knows_the_label(
+    home_from, cases
+):
+    """WaNet with seed 3 was lost: 50 benign strays commanded, and stood in for the island."""
+    judges, _ = court()
+    tried = [group("core", 20, home_from, 0.3), group("strays", 40, 40, 0.7, (0.8, 0.2))]
+    found = opened(judges, 0, tried, [None, tried[1]], Limits(0.6, 0.8))  # row 99 is kin, too
+    assert [case.told["chosen"] for case in found] == ["strays", "core"][:cases]
+    assert [case.is_commanded for case in found] == [True, False][:cases]
+    assert [case.told["trigger"] for case in found] == [True, False][:cases]
+    for beside in found[1:]:
+        np.testing.assert_array_equal(beside.poison, CORE)
+        np.testing.assert_array_equal(beside.candidates, rows(0, home_from))
 
 
 @pytest.mark.parametrize(("home_from", "left_out"), [(50, 50), (51, 20)])
@@ -364,7 +376,7 @@ def test_without_a_trigger_the_core_awaits_the_check_and_most_of_its_label_is_le
 ):
     judges, _ = court()
     tried = [group("core", 20, home_from, 0.3), group("halves", 40, 40, 0.4)]
-    case = opened(judges, 0, tried, [None, None], Limits(0.6, 0.8))
+    (case,) = opened(judges, 0, tried, [None, None], Limits(0.6, 0.8))
     assert not case.is_commanded and case.commands == 0.0 and case.told["alone"] == []
     np.testing.assert_array_equal(case.poison, CORE)
     np.testing.assert_array_equal(case.candidates, rows(0, left_out))

@@ -110,6 +110,15 @@ def test_strays_that_a_reliable_model_confirms_go_free_even_if_they_command_the_
         np.testing.assert_array_equal(case.firm, POISON)
 
 
+@pytest.mark.parametrize(("commands", "left"), [(0.79, 0), (0.8, 100)])
+def test_strays_of_which_a_reliable_model_confirms_all_stand_only_if_they_surely_command(
+    commands, left
+):
+    case = Case(0, POISON, POISON, True, commands, Limits(0.3, 0.8), {}, is_mixture=True)
+    word = judge(heard_of(case, LABELS, Reclassified(POISON, CONTROLS, LABELS)))
+    assert (word.poison.sum() if word else 0) == left
+
+
 @pytest.mark.parametrize(
     ("others", "commanded", "commands", "is_poison"),
     [
@@ -285,6 +294,44 @@ def test_rows_a_sure_check_names_stand_where_strays_led_to_them_though_no_probe_
     (label,) = told.notes["labels"]
     assert label["chosen"] == "strays" and label["rows"] == 45 and label["grown"] < 40
     np.testing.assert_array_equal(told.suspect, there.poison)
+
+
+@pytest.mark.parametrize(("is_false", "commands"), [(True, 0.6), (False, 0.6), (True, 0.8)])
+def test_an_island_is_heard_beside_benign_strays_that_command_its_label(is_false, commands):
+    """WaNet with seed 3: the strays stood in for the island, and the attack was lost."""
+    there = world()
+    also = (there.labels == 0) & ~there.poison
+    also &= np.cumsum(also) <= 10
+    there.points[also, 15] += 6
+    if not is_false:
+        there.truth[:] = there.labels
+    early = there.points.copy()
+    early[also] = there.points[np.flatnonzero(there.labels == 1)[0]]
+    seen = [
+        observe(early, there.labels, 1.0, Settings(), CPU, scales=()),
+        observe(there.points, there.labels, 2.0, Settings(), CPU),
+    ]
+
+    class Strays(Oracle):
+        def share(self, group, rest, label):
+            return commands if (group == also).all() and label == 0 else 0.1
+
+    share = there.poison.astype(np.float32)
+    witness = Strays(there, 0.0, 0.0, np, 0)
+    told = verify(there.poison, share, seen, there.labels, Settings(), CPU, witness)
+    assert [case["chosen"] for case in told.notes["labels"]] == ["strays", "core"]
+    assert told.notes["suspected_labels"] == [0]
+    (left_out,) = witness.left_out
+    assert left_out[there.poison | also].all()
+    if commands == 0.8:  # surely: both are found, and believed in
+        np.testing.assert_array_equal(told.suspect, there.poison | also)
+        benign = (there.labels == 0) & ~told.suspect
+        assert told.belief[told.suspect].min() > told.belief[benign].max()
+    elif is_false:
+        np.testing.assert_array_equal(told.suspect, there.poison)
+        assert told.notes["cleared_labels"] == []
+    else:
+        assert not told.suspect.any() and told.notes["cleared_labels"] == [0]
 
 
 def scattered(rows: str):

@@ -268,11 +268,13 @@ def opened(
     triggers: list[Group | None],
     limits: Limits,
     narrow: Narrow | None = None,
-) -> Case:
+) -> list[Case]:
     """Hold the group that a trigger explains best for the poison, and grow it by its kin.
 
-    A core goes before mixed groups. Where no trigger was found, rows that command one other label
-    go before the core, and await the check as they are.
+    A core goes before mixed groups. One that no trigger explains is heard beside a mixed group that
+    one does (WaNet: the island was the poison, and 50 benign strays commanded the label), unless
+    both are so much of the label that the check would not know it. Where no trigger was found, rows
+    that command one other label go before the core, and await the check as they are.
     """
     known = [group for group in triggers if group is not None]
     cores = [group for group in known if group.kind == CORE]
@@ -285,20 +287,37 @@ def opened(
         "sure": round(limits.sure, 3),
         "trigger": explained is not None,
     }
+    core = next((group for group in tried if group.kind == CORE), None)
     if explained:
-        return explained_by(court, label, explained, best, limits, told)
+        case = explained_by(court, label, explained, best, limits, told)
+        if core is None or cores:
+            return [case]
+        beside = unexplained(court, label, core, limits, told | {"trigger": False})
+        is_known = is_mostly_learnt(court, label, case.candidates | beside.candidates)
+        return [case, beside] if is_known else [case]
     if narrow:
         told |= {"chosen": "narrow", "source": narrow.source, "most": round(narrow.most, 3)}
         told |= {"rows": int(narrow.rows.sum())}
-        rows = narrow.rows
-        source, least = narrow.source, narrow.of_source
-        return Case(label, rows, rows, False, best, limits, told, source=source, of_source=least)
-    ours, group = court.labels == label, tried[0]
-    candidates = ours & ~group.rest
-    if candidates.sum() > MOST_OF_LABEL * ours.sum():
-        candidates = group.rows
-    told |= of_group(group, group.rows)
-    return Case(label, group.rows, candidates | group.rows, False, best, limits, told)
+        rows, source, least = narrow.rows, narrow.source, narrow.of_source
+        return [Case(label, rows, rows, False, best, limits, told, source=source, of_source=least)]
+    assert core is not None  # else nothing speaks for the label
+    return [unexplained(court, label, core, limits, told)]
+
+
+def unexplained(
+    court: Court, label: int, core: Group, limits: Limits, told: dict[str, Any]
+) -> Case:
+    """A case without a trigger: the core awaits the check as it is."""
+    candidates = (court.labels == label) & ~core.rest
+    if not is_mostly_learnt(court, label, candidates):
+        candidates = core.rows
+    told = told | of_group(core, core.rows)
+    return Case(label, core.rows, candidates | core.rows, False, 0.0, limits, told)
+
+
+def is_mostly_learnt(court: Court, label: int, candidates: Mask) -> bool:
+    """Whether a check that does not learn from these rows (N,) learns from most of the label."""
+    return bool(candidates.sum() <= MOST_OF_LABEL * (court.labels == label).sum())
 
 
 def explained_by(

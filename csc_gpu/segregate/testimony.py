@@ -176,10 +176,9 @@ def judge(said: Testimony) -> Word | None:
     ruling = by_trigger(said) if case.is_commanded else by_check(said)
     if ruling is Ruling.CLEARED:
         return None
-    poison = row_by_row(said) if ruling is Ruling.ROW_BY_ROW else np.zeros_like(said.ours)
-    if not poison.any():
+    if ruling is Ruling.AS_IT_IS:
         return Word(case.poison, np.zeros_like(said.ours))
-    return Word(poison, said.ours & ~said.differs)
+    return Word(row_by_row(said), said.ours & ~said.differs)
 
 
 def by_trigger(said: Testimony) -> Ruling:
@@ -187,15 +186,16 @@ def by_trigger(said: Testimony) -> Ruling:
 
     The check cannot where it is unsure, where it contradicts even most rows of the label that it
     learnt from, where it confirms their label (poison with a true one; but strays, a mixture, do
-    not stand against a check that is sure), or where they were turned round and neither way they
-    are taken for many labels. With so few labels that nobody knows what is usual, a trigger that is
-    not sure speaks for a label of two kinds.
+    not stand against a check that is sure and contradicts some), or where they were turned round
+    and neither way they are taken for many labels. With so few labels that nobody knows what is
+    usual, a trigger that is not sure speaks for a label of two kinds.
     """
     case = said.case
     is_sure_trigger = case.commands >= case.limits.sure
     if said.others < FEW and not is_sure_trigger:
         return Ruling.CLEARED
-    can_tell = said.is_sure and said.knows_label and (said.false_label or case.is_mixture)
+    parts = case.is_mixture and bool(said.differs[case.poison].any())
+    can_tell = said.is_sure and said.knows_label and (said.false_label or parts)
     if can_tell and not (case.is_disputed and said.is_of_few):
         return Ruling.ROW_BY_ROW
     return Ruling.AS_IT_IS if is_sure_trigger else Ruling.CLEARED

@@ -89,27 +89,30 @@ def verify(
         triggers = [court.trigger(label, group, limits[label]) for group in tried]
         narrow = narrow_trigger(court.narrow, label, court.apart)
         if label in live or any(triggers) or narrow:
-            cases.append(opened(court, label, tried, triggers, limits[label], narrow))
-    notes["suspected_labels"] = [case.label for case in cases]
+            cases += opened(court, label, tried, triggers, limits[label], narrow)
+    notes["suspected_labels"] = list(dict.fromkeys(case.label for case in cases))
     if not cases:
         notes |= {"cleared_labels": [], "labels": []}
         return Verdict(core, share, notes, (), tuple(court.answers))
     hearings, checks = heard(court, cases, witness, settings)
-    suspect, belief, cleared, proved = np.zeros(len(labels), bool), share, [], []
+    suspect, beliefs, proved = np.zeros(len(labels), bool), dict[int, Any](), []
     for said in hearings:
         case = said.case
         case.told.update(said.told())
         word = judge(said)
         if word is None:
-            cleared.append(case.label)
             continue
         known = court.coherent(case.label, word.poison)
         rows = known.rows | (firm_rows(court, case, word) & ~word.confirmed)
         case.told["flagged"] = int(rows.sum())
         proved += [case.label] if case.is_commanded and word.confirmed.any() else []
         suspect = suspect | rows
-        belief = np.where(labels == case.label, known.belief, belief).astype(np.float32)
-    notes |= {"cleared_labels": cleared, "labels": [said.case.told for said in hearings]}
+        beliefs[case.label] = np.maximum(known.belief, beliefs.get(case.label, 0.0))
+    belief = share.copy()
+    for label, believed in beliefs.items():
+        belief = np.where(labels == label, believed, belief).astype(np.float32)
+    notes["cleared_labels"] = [y for y in notes["suspected_labels"] if y not in beliefs]
+    notes["labels"] = [said.case.told for said in hearings]
     return Verdict(suspect, belief, notes, checks, tuple(court.answers), tuple(proved))
 
 
