@@ -603,6 +603,36 @@ def test_the_way_round_whose_poison_comes_from_more_labels_counts_even_if_it_was
     assert len(checks) == 2 and found[0].case is case
 
 
+@pytest.mark.parametrize(
+    ("kind", "firsts", "kinds", "is_back"),
+    [
+        ("halves", 1, 2, False),
+        ("halves", 1, 3, True),  # of five
+        ("core", 3, 4, True),
+        ("core", 4, 3, False),
+    ],
+)
+def test_a_way_round_counts_if_its_poison_is_of_many_labels_and_of_more(
+    kind, firsts, kinds, is_back
+):
+    """SIG on Fashion-MNIST: .213 of the labels one way, .199 the other, and the wrong one won."""
+    labels, poison, _ = turned_world()
+    benign = (labels == 0) & ~poison
+    group = Group(kind, benign, poison, 1.0, (0.9, 0.6), True)
+    case = explained_by(Still(labels), 0, group, 1.0, LIMITS, {})
+
+    class Each(Twice):
+        def reclassify(self, candidates):
+            self.asked.append(candidates)
+            told = 1 + np.arange(len(labels)) % (firsts if candidates[benign].all() else kinds)
+            predicted = np.where(candidates, told, labels)
+            return Reclassified(candidates, np.zeros_like(candidates), predicted)
+
+    (found,), checks = heard(Still(labels), [case], Each(labels, poison, labels), Settings())
+    assert [way[0] for way in case.told["ways"]] == [1.0, 1.0]
+    assert len(checks) == 2 and (found.case is not case) == is_back
+
+
 @pytest.mark.parametrize(("told", "share"), [([1, 1, 1, 1], 0.2), ([1, 2, 1, 2], 0.4), ([], 0.0)])
 def test_labels_are_counted_as_perplexity(told, share):
     labels = np.array([0, 0, 0, 0, 1, 2, 3, 4, 5])

@@ -122,8 +122,7 @@ def heard(
     """What the checks say of each case, and the checks.
 
     Where a group was turned round, the candidates that the check contradicts may be benign rows
-    that it never saw. Then a second check learns from these and not from the others; the way round
-    counts whose candidates get more labels, if they are contradicted as well.
+    that it never saw. Then a second check learns from these and not from the others.
     """
 
     def asked(cases: list[Case]) -> list[Testimony]:
@@ -148,11 +147,15 @@ def the_other_way(court: Court, said: Testimony) -> Case | None:
 
 
 def better(there: Testimony, back: Testimony) -> Testimony:
-    """Of the two ways round the one whose candidates come from more labels."""
+    """Of the two ways round the one whose candidates come from more labels, if these are many.
+
+    Else both may be of the label (SIG on T-shirts: poison and benign ones are shirts to a check
+    that saw neither), and the way that works better alone stands.
+    """
     told = [[round(way.contradicted, 3), round(way.scattered, 3)] for way in (there, back)]
     there.case.told["ways"] = back.case.told["ways"] = told
-    holds = back.contradicted >= CONTRADICTED and back.scattered > there.scattered
-    return back if holds else there
+    is_poison = back.contradicted >= CONTRADICTED and not back.is_of_few
+    return back if is_poison and back.scattered > there.scattered else there
 
 
 def left_out(cases: list[Case]) -> Mask:
