@@ -256,11 +256,16 @@ def said(row: Row) -> str:
 
 
 def cells(found: Sequence[Line]) -> dict[tuple[str, str], list[Line]]:
-    """Lines by data set and attack."""
+    """Lines by data set and attack; in each the controls first, then as csc-gpu defenses lists."""
     by: dict[tuple[str, str], list[Line]] = {}
     for line in found:
         by.setdefault(line.cell, []).append(line)
-    return by
+    known = list(dict.fromkeys((*matrix.CONTROLS, *DEFENSES)))
+    rank = {name: number for number, name in enumerate(known)}
+    return {
+        cell: sorted(ours, key=lambda line: rank.get(line.first["defense"], len(rank)))
+        for cell, ours in by.items()
+    }
 
 
 def shown(found: Sequence[Line]) -> list[str]:

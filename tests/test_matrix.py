@@ -489,6 +489,16 @@ def test_n_counts_seeds_and_two_targets_of_one_seed_are_one_figure():
     assert "| ac | 2 | 0.300 ± 0.141 |" in comparison.markdown([line], ("asr",))
 
 
+def test_a_table_has_the_controls_first_and_the_defenses_as_they_are_listed():
+    told = ("spectral", "own", "csc", "random", "ac", "oracle", "plain")
+    found = comparison.lines([made(defense=name, seed=0) for name in told])
+    (ours,) = comparison.cells(found).values()
+    names = [line.first["defense"] for line in ours]
+    assert names == ["plain", "oracle", "random", "csc", "ac", "spectral", "own"]
+    rows = [text.split(" | ")[0] for text in comparison.markdown(found).splitlines()]
+    assert [text[2:].rstrip("*†") for text in rows if text[2:].rstrip("*†") in told] == names
+
+
 def test_a_row_that_failed_before_it_knew_its_corpus_is_of_the_line_of_the_others():
     failed = made(error="no luck")
     failed = {name: value for name, value in failed.items() if name != "settings"}
