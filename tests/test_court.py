@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -354,20 +354,28 @@ def test_of_mixed_groups_the_one_that_commands_most_is_held_for_what_it_has_in_c
     np.testing.assert_array_equal(case.candidates, rows(0, 30) | (ROW == 99))
 
 
-@pytest.mark.parametrize(("home_from", "cases"), [(49, 2), (50, 1)])
-def test_a_core_that_no_trigger_explains_is_heard_beside_strays_if_the_check_still_knows_the_label(
-    home_from, cases
+@pytest.mark.parametrize("kind", ["strays", "halves"])
+@pytest.mark.parametrize("is_turned", [False, True])
+@pytest.mark.parametrize(
+    ("home_from", "most", "left_out"),
+    [(49, 40, 49), (50, 40, 20), (90, 49, 20), (90, 50, None)],  # row 99 is kin, too
+)
+def test_a_core_that_no_trigger_explains_is_heard_beside_a_mixed_group_that_one_does(
+    kind, is_turned, home_from, most, left_out
 ):
     """WaNet with seed 3 was lost: 50 benign strays commanded, and stood in for the island."""
     judges, _ = court()
-    tried = [group("core", 20, home_from, 0.3), group("strays", 40, 40, 0.7, (0.8, 0.2))]
-    found = opened(judges, 0, tried, [None, tried[1]], Limits(0.6, 0.8))  # row 99 is kin, too
-    assert [case.told["chosen"] for case in found] == ["strays", "core"][:cases]
+    mixed = replace(group(kind, most, most, 0.7, (0.8, 0.2)), is_turned=is_turned)
+    tried = [group("core", 20, home_from, 0.3), mixed]
+    found = opened(judges, 0, tried, [None, mixed], Limits(0.6, 0.8))
+    cases = 1 if left_out is None else 2  # the check must still know the label
+    assert [case.told["chosen"] for case in found] == [kind, "core"][:cases]
     assert [case.is_commanded for case in found] == [True, False][:cases]
     assert [case.told["trigger"] for case in found] == [True, False][:cases]
     for beside in found[1:]:
         np.testing.assert_array_equal(beside.poison, CORE)
-        np.testing.assert_array_equal(beside.candidates, rows(0, home_from))
+        np.testing.assert_array_equal(beside.candidates, rows(0, left_out))
+        assert beside.told["commands"] == [["core", 0.3]]
 
 
 @pytest.mark.parametrize(("home_from", "left_out"), [(50, 50), (51, 20)])
@@ -610,6 +618,7 @@ def test_the_way_round_whose_poison_comes_from_more_labels_counts_even_if_it_was
         ("halves", 1, 3, True),  # of five
         ("core", 3, 4, True),
         ("core", 4, 3, False),
+        ("core", 3, 3, False),
     ],
 )
 def test_a_way_round_counts_if_its_poison_is_of_many_labels_and_of_more(
@@ -628,8 +637,9 @@ def test_a_way_round_counts_if_its_poison_is_of_many_labels_and_of_more(
             predicted = np.where(candidates, told, labels)
             return Reclassified(candidates, np.zeros_like(candidates), predicted)
 
-    (found,), checks = heard(Still(labels), [case], Each(labels, poison, labels), Settings())
-    assert [way[0] for way in case.told["ways"]] == [1.0, 1.0]
+    witness, settings = Each(labels, poison, labels), Settings(min_rows=5)
+    (found,), checks = heard(Still(labels), [case], witness, settings)
+    assert [way[0] for way in case.told["ways"]] == [1.0, 1.0] and found.min_rows == 5
     assert len(checks) == 2 and (found.case is not case) == is_back
 
 

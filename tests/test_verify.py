@@ -40,6 +40,21 @@ def held(differs, *, candidates=POISON, commanded=False, commands=1.0):
 # ------------------------------------------------------------------------------------------- judge
 
 
+def test_what_another_case_leaves_out_of_a_label_is_unseen_as_well():
+    part = np.arange(len(LABELS)) < 100  # a quarter of label 0
+    predicted = np.where(part, 1, LABELS)
+    case = Case(0, part, part, False, 0.0, Limits(0.5, 0.8), {})
+    for left_out, is_poison in ((133, True), (134, False)):
+        check = Reclassified(np.arange(len(LABELS)) < left_out, CONTROLS, predicted)
+        assert (judge(heard_of(case, LABELS, check)) is not None) == is_poison
+
+
+def test_rows_of_which_none_surely_is_poison_stand_as_they_are(monkeypatch):
+    """With the constants as they are some always are; benchmarks.thresholds moves them."""
+    monkeypatch.setattr("csc_gpu.segregate.testimony.TRUSTED", 1.0)
+    np.testing.assert_array_equal(held(ROW < 95), POISON)
+
+
 @pytest.mark.parametrize(
     ("rows", "kinds", "commanded", "is_poison"),
     [
@@ -312,12 +327,7 @@ def test_an_island_is_heard_beside_benign_strays_that_command_its_label(is_false
         observe(there.points, there.labels, 2.0, Settings(), CPU),
     ]
 
-    class Strays(Oracle):
-        def share(self, group, rest, label):
-            return commands if (group == also).all() and label == 0 else 0.1
-
-    share = there.poison.astype(np.float32)
-    witness = Strays(there, 0.0, 0.0, np, 0)
+    share, witness = there.poison.astype(np.float32), Commands(there, {commands: also})
     told = verify(there.poison, share, seen, there.labels, Settings(), CPU, witness)
     assert [case["chosen"] for case in told.notes["labels"]] == ["strays", "core"]
     assert told.notes["suspected_labels"] == [0]
@@ -332,6 +342,80 @@ def test_an_island_is_heard_beside_benign_strays_that_command_its_label(is_false
         assert told.notes["cleared_labels"] == []
     else:
         assert not told.suspect.any() and told.notes["cleared_labels"] == [0]
+
+
+@pytest.mark.parametrize("contradicted", [12, 31])
+def test_an_island_beside_strays_is_not_judged_by_what_the_strays_need(contradicted):
+    """The check errs on a stray, and contradicts up to .78 of a benign island of forty rows."""
+    there = world()
+    island = there.poison
+    also = (there.labels == 0) & ~island
+    also &= np.cumsum(also) <= 10
+    there.points[also, 15] += 6
+    there.truth[:] = there.labels
+    odd = island & (np.cumsum(island) <= contradicted)
+    there.truth[odd] = 1 + np.arange(contradicted) % 3
+    there.truth[np.flatnonzero(also)[0]] = 1
+    early = there.points.copy()
+    early[also] = there.points[np.flatnonzero(there.labels == 1)[0]]
+    told = verify(
+        island,
+        island.astype(np.float32),
+        [
+            observe(early, there.labels, 1.0, Settings(), CPU, scales=()),
+            observe(there.points, there.labels, 2.0, Settings(), CPU),
+        ],
+        there.labels,
+        Settings(),
+        CPU,
+        Commands(there, {0.6: also}),
+    )
+    assert [case["chosen"] for case in told.notes["labels"]] == ["strays", "core"]
+    assert not told.suspect[island].any()
+
+
+@pytest.mark.parametrize("commands", [0.6, 0.9])
+def test_strays_whose_common_rows_are_benign_are_searched_for_those_that_the_check_contradicts(
+    commands,
+):
+    there = world(poison=10)
+    also = (there.labels == 0) & ~there.poison
+    also &= np.cumsum(also) <= 20
+    there.points[also, 15] += 8
+    home = np.flatnonzero((there.labels == 0) & ~there.poison & ~also)
+    there.points[there.poison] = there.points[home[:10]] + 0.01
+    early = there.points.copy()
+    early[also | there.poison] = there.points[np.flatnonzero(there.labels == 1)[0]]
+    nobody = np.zeros(len(also), bool)
+    told = verify(
+        nobody,
+        nobody.astype(np.float32),
+        [
+            observe(early, there.labels, 1.0, Settings(), CPU, scales=()),
+            observe(there.points, there.labels, 2.0, Settings(), CPU),
+        ],
+        there.labels,
+        Settings(),
+        CPU,
+        Commands(there, {commands: also | there.poison, 0.95: there.poison}),
+    )
+    (case,) = told.notes["labels"]
+    assert (case["chosen"], case["rows"], case["checked"][:2]) == ("strays", 30, [20, 10])
+    np.testing.assert_array_equal(told.suspect, there.poison)
+    assert case["wrong_on_controls"] < 0.1 and case["poison_share"][0] == 0.0
+    assert case["scattered"] > 0.8  # of three other labels
+
+
+class Commands(Oracle):
+    """A witness of label 0: these groups, and no others, command it so much."""
+
+    def __init__(self, there, shares):
+        super().__init__(there, 0.0, 0.0, np, 0)
+        self.shares = shares
+
+    def share(self, group, rest, label):
+        found = [share for share, rows in self.shares.items() if (group == rows).all()]
+        return found[0] if found and label == 0 else 0.1
 
 
 def scattered(rows: str):

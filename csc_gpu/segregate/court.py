@@ -21,8 +21,8 @@ from csc_gpu.types import Array, Mask, Sighting, Transfer, Witness
 OUTSIDE = 0.8
 """Share of a core that must lie outside its label's home at a scale for the home to be believed."""
 MOST_OF_LABEL = 0.5
-"""A label that no pattern commands is not left out beyond this share: a net that never saw a label
-says nothing about it."""
+"""A core that no pattern explains is not left out if, with all else that is, it is more than this
+share of its label: a net that never saw a label says nothing about it."""
 USUAL = 0.75
 """Share of labels that are taken to be free of poison: what they reach is usual."""
 MARGIN = 0.3
@@ -292,7 +292,8 @@ def opened(
         case = explained_by(court, label, explained, best, limits, told)
         if core is None or cores:
             return [case]
-        beside = unexplained(court, label, core, limits, told | {"trigger": False})
+        own = {"commands": [[core.kind, round(core.commands, 3)]], "trigger": False}
+        beside = unexplained(court, label, core, limits, told | own, case.candidates)
         is_known = is_mostly_learnt(court, label, case.candidates | beside.candidates)
         return [case, beside] if is_known else [case]
     if narrow:
@@ -301,15 +302,19 @@ def opened(
         rows, source, least = narrow.rows, narrow.source, narrow.of_source
         return [Case(label, rows, rows, False, best, limits, told, source=source, of_source=least)]
     assert core is not None  # else nothing speaks for the label
-    return [unexplained(court, label, core, limits, told)]
+    return [unexplained(court, label, core, limits, told, core.rows)]
 
 
 def unexplained(
-    court: Court, label: int, core: Group, limits: Limits, told: dict[str, Any]
+    court: Court, label: int, core: Group, limits: Limits, told: dict[str, Any], others: Mask
 ) -> Case:
-    """A case without a trigger: the core awaits the check as it is."""
+    """A case without a trigger: the core awaits the check as it is.
+
+    others (N,) are left out of the check besides. If too little of the label stays to learn from,
+    the core alone is a candidate.
+    """
     candidates = (court.labels == label) & ~core.rest
-    if not is_mostly_learnt(court, label, candidates):
+    if not is_mostly_learnt(court, label, candidates | others):
         candidates = core.rows
     told = told | of_group(core, core.rows)
     return Case(label, core.rows, candidates | core.rows, False, 0.0, limits, told)

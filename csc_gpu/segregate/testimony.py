@@ -1,4 +1,4 @@
-"""What a check says of a suspected label, and what follows from it.
+"""What a check says of a case, that is of a group of a suspected label, and what follows from it.
 
 The check is a model trained without the candidates. It judges rows, the trigger (court.py) labels
 and groups: a label that a trigger commands is poisoned unless the check knows better, a label that
@@ -35,7 +35,7 @@ share of all others at least. Benign rows that a check never saw are taken for a
 
 
 class Ruling(Enum):
-    """What becomes of a suspected label."""
+    """What becomes of a case."""
 
     CLEARED = "cleared"
     AS_IT_IS = "as it is"  # its poison stands: the check cannot tell single rows
@@ -44,7 +44,7 @@ class Ruling(Enum):
 
 @dataclass(frozen=True)
 class Word:
-    """What the check says of a suspected label."""
+    """What the check says of a case."""
 
     poison: Mask  # (N,) rows held to be its poison
     confirmed: Mask  # (N,) rows rightly labelled, as far as a check that is to be trusted can tell
@@ -78,10 +78,10 @@ class Testimony:
 
     @cached_property
     def groups(self) -> tuple[Mask, Mask, Mask]:
-        """Of the label: what is held to be poison, other candidates, rows that it learnt from."""
-        left_out, controls = self.check.candidates, self.check.controls
-        held = self.case.poison
-        return held, left_out & self.ours & ~held, self.ours & ~left_out & ~controls
+        """What is held to be poison, the case's other candidates, rows of the label it learnt."""
+        left_out, held = self.check.candidates, self.case.poison
+        others = left_out & self.case.candidates & ~held
+        return held, others, self.ours & ~left_out & ~self.check.controls
 
     @cached_property
     def wrong(self) -> float:
@@ -157,11 +157,11 @@ class Testimony:
 
         Such are a large part of their label, and it takes them for the few labels like them.
         """
-        share = self.case.candidates.sum() / self.ours.sum()
+        share = (self.check.candidates & self.ours).sum() / self.ours.sum()
         return bool(share > LARGE and self.is_of_few)
 
-    def told(self) -> dict[str, Any]:
-        """What the notes tell of it."""
+    def notes(self) -> dict[str, Any]:
+        """What the case's notes tell of it."""
         return {
             "scattered": round(self.scattered, 3),
             "wrong_on_controls": round(self.wrong, 4),
@@ -171,30 +171,31 @@ class Testimony:
 
 
 def judge(said: Testimony) -> Word | None:
-    """What the check says of a label; None if it is cleared."""
+    """What the check says of a case; None if it is cleared."""
     case = said.case
     ruling = by_trigger(said) if case.is_commanded else by_check(said)
     if ruling is Ruling.CLEARED:
         return None
-    if ruling is Ruling.AS_IT_IS:
+    poison = row_by_row(said) if ruling is Ruling.ROW_BY_ROW else np.zeros_like(said.ours)
+    if not poison.any():
         return Word(case.poison, np.zeros_like(said.ours))
-    return Word(row_by_row(said), said.ours & ~said.differs)
+    return Word(poison, said.ours & ~said.differs)
 
 
 def by_trigger(said: Testimony) -> Ruling:
     """A label that a trigger commands: the check tells its rows, or the trigger must be sure.
 
     The check cannot where it is unsure, where it contradicts even most rows of the label that it
-    learnt from, where it confirms their label (poison with a true one; but strays, a mixture, do
-    not stand against a check that is sure and contradicts some), or where they were turned round
-    and neither way they are taken for many labels. With so few labels that nobody knows what is
+    learnt from, where it confirms their label (poison with a true one; but of strays, a mixture, it
+    need only name some), or where they were turned round and neither way they are taken for many
+    labels. With so few labels that nobody knows what is
     usual, a trigger that is not sure speaks for a label of two kinds.
     """
     case = said.case
     is_sure_trigger = case.commands >= case.limits.sure
     if said.others < FEW and not is_sure_trigger:
         return Ruling.CLEARED
-    parts = case.is_mixture and bool(said.differs[case.poison].any())
+    parts = case.is_mixture and bool(row_by_row(said).any())
     can_tell = said.is_sure and said.knows_label and (said.false_label or parts)
     if can_tell and not (case.is_disputed and said.is_of_few):
         return Ruling.ROW_BY_ROW
@@ -204,8 +205,8 @@ def by_trigger(said: Testimony) -> Ruling:
 def by_check(said: Testimony) -> Ruling:
     """A label that none commands: the check must know it, and contradict most of the rows.
 
-    More of them if it is sure. If they command the images of one other label, it must take them for
-    that one; if they do not, they must not be such as it may never have seen.
+    More of them if it is sure. If they command the images of one other label, it must take enough
+    of them for that one; if not, they must not be such as it may never have seen.
     """
     case = said.case
     if said.may_be_unseen if case.source is None else said.is_from_elsewhere:

@@ -98,7 +98,7 @@ def verify(
     suspect, beliefs, proved = np.zeros(len(labels), bool), dict[int, Any](), []
     for said in hearings:
         case = said.case
-        case.told.update(said.told())
+        case.told.update(said.notes())
         word = judge(said)
         if word is None:
             continue
@@ -125,9 +125,9 @@ def heard(
     that it never saw. Then a second check learns from these and not from the others.
     """
 
-    def asked(cases: list[Case]) -> list[Testimony]:
-        check = witness.reclassify(left_out(cases))
-        return [Testimony(case, check, court.labels, settings.min_rows) for case in cases]
+    def asked(ways: list[Case]) -> list[Testimony]:
+        check = witness.reclassify(left_out(ways))
+        return [Testimony(way, check, court.labels, settings.min_rows) for way in ways]
 
     first = asked(cases)
     back = [the_other_way(court, said) for said in first]
@@ -135,8 +135,8 @@ def heard(
         return first, (first[0].check,)
     second = asked([other or case for other, case in zip(back, cases, strict=True)])
     found = []
-    for is_turned, *ways in zip(back, first, second, strict=True):
-        found.append(better(*ways) if is_turned else ways[0])
+    for other, *ways in zip(back, first, second, strict=True):
+        found.append(better(*ways) if other else ways[0])
     return found, (first[0].check, second[0].check)
 
 
