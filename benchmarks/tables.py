@@ -41,6 +41,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "defenses.md")
 ATTACKS = RESULTS.with_name("attacks.jsonl")
 AGAIN = RESULTS.with_name("segregation-again.jsonl")
+EARLIER = (
+    RESULTS.with_name("segregation-earlier.jsonl"),
+    RESULTS.with_name("attacks-earlier.jsonl"),
+)
+"""Lines that later ones of the same cells have replaced."""
 MATRICES = "matrix-*.jsonl"
 SHOWN = (
     *("acc", "asr", "ra", "recall", "false alarms", "recovered ra", "x plain", "images x plain"),
@@ -64,7 +69,11 @@ Line = dict[str, Any]
 
 
 def tables(
-    study: list[Line], attacks: list[Line], rows: list[Line], judged_again: list[Line]
+    study: list[Line],
+    attacks: list[Line],
+    rows: list[Line],
+    judged_again: list[Line],
+    earlier: list[Line],
 ) -> dict[str, str]:
     """Every table by the name of its place."""
     ours = [line for line in study if line["rule"] == DEFAULT]
@@ -110,6 +119,7 @@ def tables(
         "short": short([line for line in took if line["before"]["asr"] >= GOAL], oracles(study)),
         "foot": made_by(study),
         "again": again(judged_again, study),
+        "anew": anew([*study, *attacks], earlier),
         "attacks": every_attack(attacks),
         "attacks foot": made_by(attacks),
         "matrix": comparison.markdown(comparison.lines(rows), SHOWN).rstrip(),
@@ -158,6 +168,31 @@ def again(lines: list[Line], study: list[Line]) -> str:
                 f"changed; recall {number(was['tpr'])} to {number(now['tpr'])}, "
                 f"false alarms {number(was['fpr'], 4)} to {number(now['fpr'], 4)}"
             )
+    return "\n".join(told)
+
+
+def anew(lines: list[Line], earlier: list[Line]) -> str:
+    """Cells that were trained and judged again from nothing: does a later commit say the same?"""
+    before = {key_of(line): line for line in earlier if line["rule"] == DEFAULT}
+    pairs = [(before[key_of(x)], x) for x in lines if x["rule"] == DEFAULT and key_of(x) in before]
+    pairs = [(was, now) for was, now in pairs if was["trained_at"] != now["trained_at"]]
+    if not pairs:
+        return "None was trained again."
+    commits = ", ".join(sorted({now["commit"] for _, now in pairs}))
+    figures = ("before", "detection", "after", "recovered")
+    other = [(was, now) for was, now in pairs if any(was[x] != now[x] for x in figures)]
+    told = [
+        f"{len(pairs)} cells trained and judged again from nothing, at {commits}: in "
+        f"{len(pairs) - len(other)} every figure of the net, its suspects and what came of them is "
+        "the same, to the last image."
+    ]
+    for was, now in other:
+        rates = (
+            f"{name} {number(was['detection'][key], digits)} to "
+            f"{number(now['detection'][key], digits)}"
+            for name, key, digits in (("recall", "tpr", 3), ("false alarms", "fpr", 4))
+        )
+        told.append(f"- {now['data']} {named(now)} seed {now['seed']}: {', '.join(rates)}")
     return "\n".join(told)
 
 
@@ -280,7 +315,8 @@ def cli(pages: tuple[Path, ...], check: bool) -> None:
     """Write the tables of PAGES, or check them."""
     matrices = sorted(RESULTS.parent.glob(MATRICES), reverse=True)  # MNIST's, the fullest, first
     rows = [row for path in matrices for row in read_rows(path)]
-    found = tables(read(RESULTS), read(ATTACKS), rows, read(AGAIN))
+    earlier = [line for path in EARLIER for line in read(path)]
+    found = tables(read(RESULTS), read(ATTACKS), rows, read(AGAIN), earlier)
     for page in pages or PAGES:
         said = page.read_text(encoding="utf-8")
         text = filled(said, found)

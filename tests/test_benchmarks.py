@@ -475,6 +475,22 @@ def test_the_stages_that_cost_more_than_their_goals_are_named_with_what_they_too
     )
 
 
+def test_cells_that_were_trained_again_are_counted_and_those_that_differ_are_named():
+    older = [a_line(seed=seed) for seed in (0, 1, 2)] + [a_line("oracle")]
+    anew = [line | {"trained_at": "new", "commit": "new"} for line in older]
+    assert tables.anew(older, older) == "None was trained again."  # judged again is not trained
+    same = tables.anew(anew, older[:2])
+    assert same.startswith("2 cells") and "at new: in 2 every figure" in same
+    anew[1] |= {"detection": {"tpr": 0.25, "fpr": 0.001}}
+    first, differs = tables.anew(anew, older).splitlines()
+    assert first.startswith("3 cells") and "in 2 every figure" in first
+    assert differs == (
+        "- digits badnets 0.05 seed 1: recall 0.900 to 0.250, false alarms 0.0000 to 0.0010"
+    )
+    anew[2] |= {"after": anew[2]["after"] | {"asr": 0.5}}
+    assert "in 1 every figure" in tables.anew(anew, older)
+
+
 def test_what_has_a_line_is_not_judged_again(tmp_path, monkeypatch):
     for seed in range(2):
         cell = a_cell(seed=seed)
