@@ -329,7 +329,7 @@ def table_csv(found: Sequence[Line]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     head = [f"{name}{what}" for name in COLUMNS for what in ("", " sd", " n")]
     writer.writerow(("data", "attack", "defense", "changed", "n", *head, "remark"))
-    for line in found:
+    for line in (line for ours in cells(found).values() for line in ours):
         figures = [line.figure(name) for name in COLUMNS]
         values = [_number(v) for f in figures for v in (f.mean, f.spread, len(f.values))]
         writer.writerow((*line.cell, line.defense, line.changed, line.n, *values, line.remark))

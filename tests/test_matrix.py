@@ -497,6 +497,8 @@ def test_a_table_has_the_controls_first_and_the_defenses_as_they_are_listed():
     assert names == ["plain", "oracle", "random", "csc", "ac", "spectral", "own"]
     rows = [text.split(" | ")[0] for text in comparison.markdown(found).splitlines()]
     assert [text[2:].rstrip("*†") for text in rows if text[2:].rstrip("*†") in told] == names
+    listed = [text.split(",")[2] for text in comparison.table_csv(found).splitlines()[1:]]
+    assert [text.rstrip("*†") for text in listed] == names
 
 
 def test_a_row_that_failed_before_it_knew_its_corpus_is_of_the_line_of_the_others():
