@@ -604,7 +604,7 @@ def test_the_page_is_whole_and_its_plots_hold_every_defense(tmp_path):
     circles = [len(list(plot.iter("{http://www.w3.org/2000/svg}circle"))) for plot in drawn]
     assert circles == [3, 2, 0, 1, 0]  # asr, detection, cost; without attack detection and cost
     table = list(csv.DictReader(paths[1].read_text().splitlines()))
-    assert [row["defense"] for row in table] == ["ac", "a<b", "scan", "ac"]
+    assert [row["defense"] for row in table] == ["ac", "scan", "a<b", "ac"]
     assert table[0]["asr"] == "0.1" and table[0]["asr sd"] == "" and table[0]["asr n"] == "1"
     assert "### few, badnets 0.1" in paths[0].read_text()
 

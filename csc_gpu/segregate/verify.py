@@ -154,8 +154,8 @@ def better(there: Testimony, back: Testimony) -> Testimony:
     """
     told = [[round(way.contradicted, 3), round(way.scattered, 3)] for way in (there, back)]
     there.case.told["ways"] = back.case.told["ways"] = told
-    is_poison = back.contradicted >= CONTRADICTED and not back.is_of_few
-    return back if is_poison and back.scattered > there.scattered else there
+    holds = back.contradicted >= CONTRADICTED and not back.is_of_few
+    return back if holds and back.scattered > there.scattered else there
 
 
 def left_out(cases: list[Case]) -> Mask:
