@@ -6,7 +6,9 @@ import warnings
 
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA, FastICA
+from sklearn.metrics import adjusted_rand_score
 
 from csc_gpu.backend import open_backend
 from csc_gpu.components import axes, independent, principal
@@ -77,6 +79,19 @@ def test_k_means_parts_two_blobs_on_both_machines(backend):
     assert told.dtype == np.int32
     assert len(set(told[:20])) == len(set(told[20:])) == 1
     assert told[0] != told[-1]
+
+
+@pytest.mark.parametrize("backend", [CPU, fake_gpu()], ids=["cpu", "gpu"])
+def test_k_means_of_overlapping_parts_is_scikit_learns_and_the_least_of_many(backend):
+    rng = np.random.default_rng(1)
+    points = rng.normal(0, 1, (200, 4)).astype(np.float32)
+    points[:60] += 2
+    points[60:90] -= 1.5
+    ours = backend.to_numpy(backend.kmeans(backend.xp.asarray(points), 3, seed=0, tries=20))
+    theirs = KMeans(3, n_init=20, random_state=7).fit(points)
+    assert adjusted_rand_score(theirs.labels_, ours) == 1
+    within = sum(((points[ours == k] - points[ours == k].mean(0)) ** 2).sum() for k in set(ours))
+    assert within == pytest.approx(theirs.inertia_, rel=1e-4)
 
 
 def test_k_means_of_equal_rows_is_one_part():
