@@ -633,15 +633,13 @@ def matrix(plan: Path, out: Path, work: Path | None, retry: bool, backend: Any) 
     PLAN is TOML: data, attacks, defenses, rates, rates_of_target, targets, seeds, reserve, and the
     tables [settings], [defense.NAME] and [attack.NAME]. plain, oracle and random are rows of every
     table, named in the plan or not. Called again it goes on where it stopped. A cell that fails is
-    a row with its error, and the exit status is 1 in the end.
+    a row with its error, and while one stands the exit status is 1 in the end.
     """
     from csc_gpu import comparison
 
-    failed = 0
     for row in comparison.run_plan(plan, out, work, retry=retry, backend=backend):
         click.echo(comparison.said(row))
-        failed += bool(row["error"])
-    if failed:
+    if failed := comparison.failed(plan, out, backend):
         click.echo(f"{failed} cells failed; with --retry they are run again", err=True)
         raise click.exceptions.Exit(1)
 

@@ -111,8 +111,9 @@ class Line:
     @property
     def defense(self) -> str:
         """Its name; * if it was told the poisoning rate, † if it was given clean images."""
-        told = "*" if any(row.get("told_rate") for row in self.rows) else ""
-        given = "†" if any(RESERVE in row.get("needs", ()) for row in self.rows) else ""
+        all_rows = (*self.rows, *self.failed)
+        told = "*" if any(row.get("told_rate") for row in all_rows) else ""
+        given = "†" if any(RESERVE in row.get("needs", ()) for row in all_rows) else ""
         return f"{self.first['defense']}{told}{given}"
 
     @property
@@ -242,6 +243,11 @@ def run_plan(
     with Console() as log:
         wanted = matrix.read_plan(plan)
         yield from matrix.cells(wanted, out, work, backend, retry=retry, log=log)
+
+
+def failed(plan: Path, out: Path, backend: Backend) -> int:
+    """How many of a plan's cells stand in `out` as failed, whenever they were run."""
+    return matrix.failed(matrix.read_plan(plan), out, backend)
 
 
 def said(row: Row) -> str:

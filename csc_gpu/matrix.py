@@ -249,6 +249,16 @@ def _cells(
             yield line
 
 
+def failed(plan: Plan, out: Path, backend: Backend) -> int:
+    """How many cells of the plan have an error in their last line of `out`."""
+    ended = {line["key"]: bool(line["error"]) for line in read_rows(out)}
+    return sum(
+        ended.get(_key(plan, group, name, backend), False)
+        for group in dict.fromkeys(groups(plan))
+        for name in plan.compared
+    )
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a defense took, stage by stage."""

@@ -57,6 +57,20 @@ def test_every_label_has_two_parts_that_hold_its_rows_once():
     assert (island.near > 0.5).all()
 
 
+@pytest.mark.parametrize(("reduce", "found"), [("ica", 1.0), ("pca", 0.5)])
+def test_the_parts_are_those_of_the_components_that_were_asked_for(reduce, found):
+    """What is rare in one small direction stands out among independent components alone."""
+    rng = np.random.default_rng(0)
+    wide = rng.uniform(-30, 30, size=(200, 2))
+    rare = (np.arange(200) < 30) + 0.02 * rng.normal(size=200)
+    points = np.column_stack([wide, rare]).astype(np.float32)
+    chosen = override(settings_of(reduce=reduce), {"ac.dims": 3, "ac.tries": 10})
+    parts = ac.split(points, np.zeros(200, np.int64), chosen, CPU, 0)
+    (small,) = [part for part in parts if part.is_smaller]
+    share = (small.rows < 30).mean()
+    assert share == 1 if found == 1 else share < found
+
+
 def test_a_label_of_few_rows_or_of_equal_rows_is_not_split():
     labels = np.array([0] * 10 + [1] * 40)
     points = np.zeros((50, 4), np.float32)

@@ -19,7 +19,7 @@ from torch.nn import functional
 from csc_gpu import train as training
 from csc_gpu.backend import Batch, open_backend
 from csc_gpu.config import override
-from csc_gpu.defenses import DEFENSES, RESERVE, d_br, d_st, dbd, none_defense, strip
+from csc_gpu.defenses import DEFENSES, RESERVE, confusion, d_br, d_st, dbd, none_defense, strip
 from csc_gpu.defenses.course import Course, verdict
 from csc_gpu.defenses.sensitivity import Parted
 from csc_gpu.errors import ConfigError
@@ -185,6 +185,23 @@ def test_ct_asks_the_undefended_net_what_is_right(school):
         assert logits.grad.argmin(1).tolist() == [0] * 5  # (2 + 1 + 1) mod 4; after a 1, a 3
 
 
+def test_ct_weighs_the_classes_of_its_distilled_rows_until_only_these_are_left(school, monkeypatch):
+    heard = []
+
+    def listening(undefended, stream, weights, **how):
+        heard.append(weights.numpy())
+        return functional.cross_entropy
+
+    monkeypatch.setattr(confusion, "confusion", listening)
+    three = {"epochs": [1] * 3, "iterations": [4] * 3, "weight": [5] * 3, "lr": [0.01] * 3}
+    school.run("ct", kept=[0.5, 0.2], least=[0.01, 0.01], every=[2] * 3, evening=0.1, **three)
+    for number, weights in enumerate(heard[:2]):
+        labels = school[f"fit-{number}"].labels
+        share = np.bincount(labels, minlength=4) / len(labels)
+        np.testing.assert_allclose(weights, (share + 0.1) ** -0.5, rtol=1e-6)
+    assert heard[2].tolist() == [1] * 4
+
+
 def test_abl_tunes_on_the_rows_that_are_left_and_unlearns_the_isolated(school):
     isolated = school.run("abl", share=0.1).segregation.suspect
     assert isolated.sum() == len(ALL) // 10
@@ -192,6 +209,18 @@ def test_abl_tunes_on_the_rows_that_are_left_and_unlearns_the_isolated(school):
     same(school["tune"].rows, ~isolated)
     same(school["unlearn"].rows, isolated)
     assert school["unlearn"].loss(torch.eye(4)[:2], 0, 1) < 0
+
+
+def test_abl_holds_the_loss_while_it_isolates_and_lets_it_fall_after(school):
+    school.run("abl", gamma=0.5, hold="flooding", tuning=8, falls_at=3)
+    sure = 20 * functional.one_hot(torch.from_numpy(CORPUS.labels[:3]).long(), 4).float()
+    isolate, tune = school["isolate"], school["tune"]
+    assert isolate.loss(sure, 0, 1, 2) == pytest.approx(1.0)  # gamma above it is gamma below
+    assert tune.loss(sure, 0, 1, 2) == pytest.approx(0.0, abs=1e-6)
+    budget = training.Budget(epochs=8, steps_per_epoch=10)
+    assert [isolate.method.rate(step, budget) for step in (1, 80)] == [1, 1]
+    rates = [tune.method.rate(step, budget) for step in (1, 30, 31, 80)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1])
 
 
 def told_apart(module: Any, monkeypatch: pytest.MonkeyPatch) -> Parted:

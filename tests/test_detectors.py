@@ -78,6 +78,32 @@ def test_covariances_of_means_and_rows_are_recovered():
     np.testing.assert_allclose(of_means, means.T @ means / 60, rtol=0.1, atol=0.3)
 
 
+def test_a_class_of_few_rows_does_not_spread_the_means_by_its_own_noise():
+    """Means of 2 or 400 rows: by their plain means S_u would be 1 + (1/2 + 1/400) / 2 and more."""
+    rng = np.random.default_rng(5)
+    counts = np.tile([2, 400], 150)
+    labels = np.repeat(np.arange(300), counts)
+    hidden = rng.normal(size=(300, 1))
+    points = hidden[labels] + 2 * rng.normal(size=(len(labels), 1))
+    means = np.array([points[labels == label].mean(axis=0) for label in range(300)])
+    of_means, within = scan.covariances(points, labels, scan.Analysis(), CPU)
+    # A fixed point of the E step and the M step, written out here for one feature.
+    keep = of_means / (of_means + within / counts[:, None])
+    again = ((keep * means) ** 2).mean()
+    assert of_means.item() == pytest.approx(again, rel=1e-4)
+    assert within.item() == pytest.approx(4, rel=0.02)
+    assert of_means.item() < 0.6 * (means**2).mean()
+
+
+def test_one_group_is_measured_from_where_its_mean_is_expected():
+    """Rows -1 and 3 at S_u = S_e = 1: the mean is 1, of two rows shrunk to 2/3."""
+    one = np.eye(1)
+    points = np.array([[-1.0], [3.0]])
+    second, gain, _ = scan._two_groups(points, one, one, one, scan.Analysis(), CPU, 0)
+    assert second.sum() == 1
+    assert gain == pytest.approx(((1 + 2 / 3) ** 2 + (3 - 2 / 3) ** 2) / 2)
+
+
 def test_a_mean_of_few_rows_is_drawn_to_zero_and_one_of_many_is_kept():
     one = np.eye(2)
     few = scan.shrunk(np.array([4.0, 0.0]), 1, one, one, np)

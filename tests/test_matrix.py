@@ -636,6 +636,13 @@ def test_the_commands_run_a_plan_and_make_its_tables(source, tmp_path, monkeypat
     failed = CliRunner().invoke(cli, [str(word) for word in words])
     assert failed.exit_code == 1 and "luckless: failed: ValueError: out of luck" in failed.stdout
     assert failed.stderr.endswith("1 cells failed; with --retry they are run again\n")
+    again = CliRunner().invoke(cli, [str(word) for word in words])  # runs nothing; it still stands
+    assert again.exit_code == 1 and not again.stdout
+    assert again.stderr.endswith("1 cells failed; with --retry they are run again\n")
+    monkeypatch.setitem(DEFENSES, "luckless", DEFENSES["plain"])
+    mended = CliRunner().invoke(cli, [str(word) for word in (*words, "--retry")])
+    assert mended.exit_code == 0 and "luckless: asr before" in mended.stdout
+    plan.write_text(plan.read_text().replace(', "luckless"', ""))
     words = ["report", tmp_path / "rows.jsonl", "--out", tmp_path / "out"]
     done = CliRunner().invoke(cli, [str(word) for word in words])
     assert done.exit_code == 0, done.output
