@@ -32,8 +32,11 @@ CONSTANTS = {
         "OUTSIDE", "MOST_OF_LABEL", "USUAL", "MARGIN", "ALONE", "SURELY", "OF_SOURCE", "MOSTLY",
         "APART",
     ),
-    "testimony": ("TRUSTED", "UNEXPLAINED", "UNSURE", "LARGE", "BEYOND_CHANCE", "SCATTERED"),
-    "verify": ("CONTRADICTED", "MOST_LEFT_OUT"),
+    "testimony": (
+        "TRUSTED", "UNEXPLAINED", "UNSURE", "LARGE", "BEYOND_CHANCE", "SCATTERED",
+        "MOST", "KIND",
+    ),
+    "verify": ("CONTRADICTED", "CLEARLY", "MOST_LEFT_OUT"),
     "kin": ("REACHED", "KNOWN", "LIFT"),
     "settings": ("purity", "pure_homes", "persistence", "label_share", "max_label_share"),
 }  # fmt: skip
@@ -42,7 +45,7 @@ CONSTANTS = {
 Not moved: what is a count (rows asked, folds, rounds), what clusters (its radii, min_share), which
 snapshots are seen, and how long the check's net learns.
 """
-NOT_SHARES = ("APART", "LIFT", "BEYOND_CHANCE", "persistence")
+NOT_SHARES = ("APART", "LIFT", "BEYOND_CHANCE", "CLEARLY", "persistence")
 """All else is a share, and does not go above 1."""
 AS_IT_IS = "as it is"
 

@@ -378,6 +378,45 @@ def test_a_core_that_no_trigger_explains_is_heard_beside_a_mixed_group_that_one_
         assert beside.told["commands"] == [["core", 0.3]]
 
 
+@pytest.mark.parametrize(("most", "both"), [(40, True), (50, True), (51, False)])
+def test_a_core_that_no_trigger_explains_is_heard_beside_rows_that_command_one_label(most, both):
+    """Ten benign strays that command one label stood in for an island that the check convicts."""
+    judges, _ = court()
+    tried, limits = [group("core", 20, 60, 0.3)], Limits(0.6, 0.8)
+    narrow = Narrow(rows(0, most), rows(most, 100), 1, 0.9, "strays", 0.2)
+    found = opened(judges, 0, tried, [None], limits, narrow)
+    assert [case.told["chosen"] for case in found] == ["narrow", "core"][: 1 + both]
+    assert [case.source for case in found] == [1, None][: 1 + both]
+    assert not any(case.is_commanded or case.told["trigger"] for case in found)
+    np.testing.assert_array_equal(found[0].candidates, rows(0, most))
+    for beside in found[1:]:
+        np.testing.assert_array_equal(beside.poison, CORE)
+        np.testing.assert_array_equal(beside.candidates, CORE)  # 60 of 100 would be too many
+        assert beside.told["commands"] == [["core", 0.3]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "commands", "alone", "is_trigger"),
+    [
+        ("core", 0.8, 0.4, True),
+        ("core", 0.79, 0.4, False),
+        ("core", 0.8, 0.39, False),
+        ("halves", 0.8, 0.4, False),
+        ("halves", 0.8, 0.5, True),
+        ("core", 0.79, 0.5, True),
+    ],
+)
+def test_a_core_that_surely_commands_need_only_be_a_trigger_alone(
+    kind, commands, alone, is_trigger
+):
+    """CIFAR-10 blend at 1 %: the core commanded .82, alone .498, and half was asked of it."""
+    judges, _ = court(answers=[alone, 0.1])
+    asked = group(kind, 20, 60, commands)
+    assert (judges.trigger(0, asked, Limits(0.4, 0.8)) is not None) == is_trigger
+    judges, _ = court(answers=[0.5, 0.1])  # nothing asks more of an island than of halves
+    assert judges.trigger(0, replace(asked, commands=0.9), Limits(0.7, 0.8)) is not None
+
+
 @pytest.mark.parametrize(("home_from", "left_out"), [(50, 50), (51, 20)])
 def test_without_a_trigger_the_core_awaits_the_check_and_most_of_its_label_is_learnt(
     home_from, left_out
@@ -614,14 +653,14 @@ def test_the_way_round_whose_poison_comes_from_more_labels_counts_even_if_it_was
 @pytest.mark.parametrize(
     ("kind", "firsts", "kinds", "is_back"),
     [
-        ("halves", 1, 2, False),
         ("halves", 1, 3, True),  # of five
+        ("halves", 1, 2, True),  # few, but clearly more
+        ("halves", 2, 2, False),
         ("core", 3, 4, True),
         ("core", 4, 3, False),
-        ("core", 3, 3, False),
     ],
 )
-def test_a_way_round_counts_if_its_poison_is_of_many_labels_and_of_more(
+def test_a_way_round_counts_if_its_poison_is_of_more_labels_clearly_if_they_are_few(
     kind, firsts, kinds, is_back
 ):
     """SIG on Fashion-MNIST: .213 of the labels one way, .199 the other, and the wrong one won."""
@@ -643,15 +682,63 @@ def test_a_way_round_counts_if_its_poison_is_of_many_labels_and_of_more(
     assert len(checks) == 2 and (found.case is not case) == is_back
 
 
-@pytest.mark.parametrize(("told", "share"), [([1, 1, 1, 1], 0.2), ([1, 2, 1, 2], 0.4), ([], 0.0)])
-def test_labels_are_counted_as_perplexity(told, share):
-    labels = np.array([0, 0, 0, 0, 1, 2, 3, 4, 5])
-    poison = np.arange(9) < len(told)
+@pytest.mark.parametrize(
+    ("told", "others", "share"),
+    [
+        ([1] * 40, 5, 1 / 5),
+        ([1, 2] * 20, 5, 2 / 5),
+        ([1, 2, 3, 4, 5] * 8, 5, 1),
+        ([1, 1], 2, 1 / 1.5),  # two rows drawn evenly have both labels every other time
+        ([1, 2], 2, 1),
+        ([], 5, 0),
+        ([], 0, 0),
+    ],
+)
+def test_labels_are_counted_as_perplexity_of_those_that_so_many_rows_could_have(
+    told, others, share
+):
+    labels = np.array([0] * (len(told) + 9) + [*range(1, others + 1)])
+    poison = np.arange(len(labels)) < len(told)
     predicted = labels.copy()
     predicted[: len(told)] = told
     case = Case(0, poison, poison, True, 1.0, LIMITS, {})
-    check = Reclassified(poison, np.zeros(9, bool), predicted)
-    assert heard_of(case, labels, check).scattered == pytest.approx(share)
+    check = Reclassified(poison, np.zeros(len(labels), bool), predicted)
+    assert heard_of(case, labels, check).scattered == pytest.approx(share, abs=2e-4)
+
+
+@pytest.mark.parametrize(("labels", "rows"), [(10, 400), (43, 36), (100, 60), (1000, 400)])
+def test_rows_from_anywhere_are_of_many_labels_however_many_there_are(labels, rows):
+    """By the share of all other labels 60 rows of a hundred had at most .61, drawn evenly .41."""
+    rng = np.random.default_rng(0)
+    given = np.concatenate([np.zeros(rows * 2, int), np.repeat(np.arange(1, labels), 3)])
+    poison = np.arange(len(given)) < rows
+    case = Case(0, poison, poison, True, 1.0, LIMITS, {})
+    for kinds, is_few in ((labels - 1, False), (max(1, (labels - 1) // 8), True)):
+        predicted = np.where(poison, rng.integers(1, kinds + 1, len(given)), given)
+        check = Reclassified(poison, np.zeros(len(given), bool), predicted)
+        assert heard_of(case, given, check).is_of_few == is_few
+
+
+def test_what_a_check_has_learnt_says_nothing_of_how_many_rows_it_contradicts():
+    """Of candidates that are most of all rows the poison alone is left out."""
+    labels, poison, truth = turned_world()
+    case = Case(0, poison, labels == 0, True, 1.0, LIMITS, {})
+    check = Reclassified(poison, np.zeros(len(labels), bool), np.where(poison, truth, labels))
+    said = heard_of(case, labels, check)
+    assert said.contradicted == 1.0 and said.scattered == 1.0
+    other = replace(check, candidates=labels == 0)  # 20 of 80 that it did not see
+    assert heard_of(case, labels, other).contradicted == 0.25
+    assert heard_of(case, labels, replace(check, candidates=labels == 9)).contradicted == 0
+
+
+@pytest.mark.parametrize(("share", "is_false"), [(0.45, False), (0.55, True)])
+def test_a_label_is_false_if_most_of_what_is_held_for_poison_is(share, is_false):
+    labels = np.repeat([0, 1], 200)
+    held = np.arange(400) < 100
+    case = Case(0, held, held, True, 1.0, LIMITS, {})
+    differs = np.arange(400) < 100 * share
+    check = Reclassified(held, labels == 1, np.where(differs, 1, labels))
+    assert heard_of(case, labels, check).false_label == is_false
 
 
 def told_few(contradicted, source=None):

@@ -140,16 +140,39 @@ def test_strays_of_which_a_reliable_model_confirms_all_stand_only_if_they_surely
         (2, True, 0.79, False),
         (2, True, 0.8, True),
         (2, False, 0.0, True),
-        (3, True, 0.79, True),
+        (3, True, 0.79, False),
         (3, False, 0.0, True),
+        (4, True, 0.79, True),
     ],
 )
-def test_with_fewer_than_four_labels_a_trigger_must_be_sure(others, commanded, commands, is_poison):
+def test_with_fewer_than_five_labels_a_trigger_must_be_sure(others, commanded, commands, is_poison):
     """Digits below five and the others: one kind of each was flagged, 144 rows of 1,438."""
     labels = np.where(ROW < 380, 0, 1 + ROW % others)
     case = Case(0, POISON, POISON, commanded, commands, Limits(0.5, 0.8), {})
     check = Reclassified(POISON, CONTROLS, np.where(POISON, 1 + ROW % others, labels))
     assert (judge(heard_of(case, labels, check)) is not None) == is_poison
+
+
+@pytest.mark.parametrize(
+    ("others", "held", "commanded", "source", "is_poison"),
+    [
+        (3, 119, False, None, True),
+        (3, 121, False, None, False),  # .3 of the label: one of three kinds
+        (3, 121, False, 1, False),
+        (4, 121, False, None, True),
+        (3, 199, True, None, True),
+        (3, 201, True, None, False),  # more than half of it
+        (4, 201, True, None, True),
+    ],
+)
+def test_a_kind_of_one_label_among_few_is_no_poison(others, held, commanded, source, is_poison):
+    """Digits in four labels: 138 rows, all of a two or of a three, were flagged."""
+    labels = np.where(ROW < 400, 0, 1 + ROW % others)
+    poison = held > ROW
+    predicted = np.where(poison, 1 if source else 1 + ROW % others, labels)
+    case = Case(0, poison, poison, commanded, 1.0, Limits(0.5, 0.8), {}, source=source)
+    said = heard_of(case, labels, Reclassified(poison, CONTROLS, predicted))
+    assert (judge(said) is not None) == is_poison
 
 
 def test_an_unsure_model_that_mostly_confirms_a_false_label_leaves_the_rows_as_they_stand():
@@ -314,7 +337,7 @@ def test_rows_a_sure_check_names_stand_where_strays_led_to_them_though_no_probe_
 @pytest.mark.parametrize(("is_false", "commands"), [(True, 0.6), (False, 0.6), (True, 0.8)])
 def test_an_island_is_heard_beside_benign_strays_that_command_its_label(is_false, commands):
     """WaNet with seed 3: the strays stood in for the island, and the attack was lost."""
-    there = world()
+    there = world(classes=5)
     also = (there.labels == 0) & ~there.poison
     also &= np.cumsum(also) <= 10
     there.points[also, 15] += 6
@@ -378,7 +401,7 @@ def test_an_island_beside_strays_is_not_judged_by_what_the_strays_need(contradic
 def test_strays_whose_common_rows_are_benign_are_searched_for_those_that_the_check_contradicts(
     commands,
 ):
-    there = world(poison=10)
+    there = world(classes=5, poison=10)
     also = (there.labels == 0) & ~there.poison
     also &= np.cumsum(also) <= 20
     there.points[also, 15] += 8
@@ -471,7 +494,7 @@ def test_poison_with_a_false_label_is_found_with_and_without_a_trigger(commands)
 
 def mostly_poison():
     """A world in which the poison is at home with label 0, and its benign rows are the island."""
-    there = world(poison=60)
+    there = world(classes=5, poison=60)
     benign = np.flatnonzero((there.labels == 0) & ~there.poison)
     return there.take(np.setdiff1d(np.arange(len(there.labels)), benign[:60]))
 
@@ -501,7 +524,7 @@ class BothWays(Oracle):
 
 @pytest.mark.parametrize("alone", [(1.0, 0.3), (0.9, 0.9), (0.3, 1.0)])
 def test_of_two_groups_whose_patterns_work_the_one_that_works_better_alone_is_poison(alone):
-    there = world()
+    there = world(classes=5)
     there.truth[:] = there.labels  # the check helps neither
     told = told_of(there, BothWays(there, 0.0, 1.0, np, 0, alone=alone))
     assert told.notes["cleared_labels"] == []
@@ -708,7 +731,7 @@ def test_where_poison_outnumbers_its_label_the_strays_are_the_benign_rows():
 
 @pytest.mark.parametrize("wrong", [0.0, 0.5])
 def test_a_label_is_taken_beyond_its_cap_only_where_trigger_and_check_agree(wrong):
-    there = world(rows=50, poison=200)
+    there = world(classes=5, rows=50, poison=200)
     core = there.poison.copy()
     last = observe(there.points, there.labels, 1.0, Settings(), CPU)
     witness = oracle(there, wrong=wrong)

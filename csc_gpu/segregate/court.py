@@ -30,11 +30,14 @@ MARGIN = 0.3
 one."""
 SURELY = 0.8
 """One that commands this share of other labels' images is a sure trigger, whatever is usual."""
-FEW = 3
-"""Fewer other labels do not tell what is usual, nor whether rows are taken for many of them."""
+FEW_ASKED = 3
+"""Fewer other labels that could be asked do not tell what is usual."""
+FEW = 4
+"""Of fewer other labels nobody can say that rows are taken for many of them."""
 ALONE = 0.5
 """Share that one of two groups must command alone, by the mean of all other labels; and that makes
-a trigger where nobody knows what is usual."""
+a trigger where nobody knows what is usual. A core, an island, that is surely commanded by need only
+command so much alone as makes a trigger."""
 OF_SOURCE, MOSTLY = 0.2, 2 / 3
 """Share of the contradicted rows of a label that must be of the one whose images they command: few,
 for covers (TaCT) teach the check their own labels; most, where all that speaks is that they lie
@@ -90,7 +93,7 @@ class Limits:
     @classmethod
     def beyond(cls, others: Sequence[float]) -> Limits:
         """Limits above what most other labels' best patterns command, one share of each. 0..1"""
-        if len(others) < FEW:
+        if len(others) < FEW_ASKED:
             return cls(ALONE, SURELY)
         usual = float(np.quantile(others, USUAL))
         return cls(min(SURELY, usual + MARGIN), min(SURELY, usual + 2 * MARGIN))
@@ -249,14 +252,16 @@ class Court:
 
         Of two groups the one that works better alone, against the mean of all other labels, is the
         poison, and it must work alone: two benign kinds of one label differ by more than a trigger.
-        Strays are a mixture and need not; but where poison outnumbers its label, the benign stray.
+        A core whose pattern is sure need do no more than a trigger alone. Strays are a mixture and
+        need not; but where poison outnumbers its label, the benign stray.
         """
         if group.commands < limits.known:
             return None
         others = self.labels != label
         alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
         group = replace(group, alone=alone)
-        if max(alone) < ALONE:
+        is_sure_core = group.kind == CORE and group.commands >= limits.sure
+        if max(alone) < (min(ALONE, limits.known) if is_sure_core else ALONE):
             return group if group.kind == STRAYS else None
         return group.turned() if alone[1] > alone[0] else group
 
@@ -272,9 +277,9 @@ def opened(
     """Hold the group that a trigger explains best for the poison, and grow it by its kin.
 
     A core goes before mixed groups. One that no trigger explains is heard beside a mixed group that
-    one does (WaNet: the island was the poison, and 50 benign strays commanded the label), unless
-    both are so much of the label that the check would not know it. Where no trigger was found, rows
-    that command one other label go before the core, and await the check as they are.
+    one does (WaNet: the island was the poison, and 50 benign strays commanded the label), or beside
+    rows that command one other label where none does, unless both are so much of the label that the
+    check would not know it. Both await the check as they are.
     """
     known = [group for group in triggers if group is not None]
     cores = [group for group in known if group.kind == CORE]
@@ -290,19 +295,28 @@ def opened(
     core = next((group for group in tried if group.kind == CORE), None)
     if explained:
         case = explained_by(court, label, explained, best, limits, told)
-        if core is None or cores:
-            return [case]
-        own = {"commands": [[core.kind, round(core.commands, 3)]], "trigger": False}
-        beside = unexplained(court, label, core, limits, told | own, case.candidates)
-        is_known = is_mostly_learnt(court, label, case.candidates | beside.candidates)
-        return [case, beside] if is_known else [case]
-    if narrow:
-        told |= {"chosen": "narrow", "source": narrow.source, "most": round(narrow.most, 3)}
-        told |= {"rows": int(narrow.rows.sum())}
-        rows, source, least = narrow.rows, narrow.source, narrow.of_source
-        return [Case(label, rows, rows, False, best, limits, told, source=source, of_source=least)]
-    assert core is not None  # else nothing speaks for the label
-    return [unexplained(court, label, core, limits, told, core.rows)]
+    elif narrow:
+        case = commanded_by_one(label, narrow, best, limits, told)
+    else:
+        assert core is not None  # else nothing speaks for the label
+        return [unexplained(court, label, core, limits, told, core.rows)]
+    if core is None or cores:
+        return [case]
+    own = {"commands": [[core.kind, round(core.commands, 3)]], "trigger": False}
+    beside = unexplained(court, label, core, limits, told | own, case.candidates)
+    is_known = is_mostly_learnt(court, label, case.candidates | beside.candidates)
+    return [case, beside] if is_known else [case]
+
+
+def commanded_by_one(
+    label: int, narrow: Narrow, best: float, limits: Limits, told: dict[str, Any]
+) -> Case:
+    """A case whose rows command one other label alone: they await the check as they are."""
+    rows, source = narrow.rows, narrow.source
+    told = told | {"chosen": "narrow", "source": source, "most": round(narrow.most, 3)}
+    told |= {"rows": int(rows.sum())}
+    of_source = narrow.of_source
+    return Case(label, rows, rows, False, best, limits, told, source=source, of_source=of_source)
 
 
 def unexplained(

@@ -27,11 +27,18 @@ UNSURE = 0.2
 """A model wrong on more than this share of the controls says nothing about single rows."""
 LARGE = 1 / 3
 """Share of a label from which left-out rows may be benign ones that the check has no idea of."""
+KIND = 0.3
+"""The same of the poison where there are few other labels, for a kind of benign rows comes out as
+all of them: one of three kinds. Poison of a tenth of all rows is .18 to .31 of its label where there
+are two to four."""
 BEYOND_CHANCE = 2.0
 """A label is no source that gets less than so many times what an even choice would give it."""
 SCATTERED = 0.5
 """Poison with a false label comes from many: its true labels are as many, in perplexity, as this
-share of all others at least. Benign rows that a check never saw are taken for a few like them."""
+share of those that so many rows could have at least. Benign rows that a check never saw are taken
+for a few like them."""
+MOST = 0.5
+"""Share of rows that is most of them."""
 
 
 class Ruling(Enum):
@@ -105,34 +112,46 @@ class Testimony:
         """Whether it can tell single rows."""
         return self.wrong <= UNSURE
 
+    @cached_property
+    def share(self) -> float:
+        """Share of the label that is held to be poison. 0..1"""
+        return float(self.case.poison[self.ours].mean())
+
     @property
     def knows_label(self) -> bool:
         """Whether it confirms most rows of the label that it learnt from."""
         learnt = self.groups[-1]
-        return bool(learnt.any() and self.differs[learnt].mean() < 0.5)
+        return bool(learnt.any() and self.differs[learnt].mean() < MOST)
 
     @property
     def false_label(self) -> bool:
         """Whether most of what is held to be poison has a false label by it."""
-        return self.poison_share(self.case.poison) >= 0.5
+        return self.poison_share(self.case.poison) >= MOST
+
+    @cached_property
+    def unseen(self) -> Mask:
+        """The case's candidates that it did not learn from. (N,)"""
+        return self.case.candidates & self.check.candidates
 
     @property
     def contradicted(self) -> float:
-        """Share of the candidates that it contradicts. 0..1"""
-        return float(self.differs[self.case.candidates].mean())
+        """Share of the candidates that it contradicts, of those that it never saw. 0..1"""
+        return float(self.differs[self.unseen].mean()) if self.unseen.any() else 0.0
 
     @cached_property
     def scattered(self) -> float:
-        """How many labels it gives the candidates that it contradicts, of all others. 0..1
+        """How many labels it gives the candidates that it contradicts, of those it could. 0..1
 
-        As perplexity: evenly many labels, not those that a few rows get.
+        As perplexity: evenly many labels, not those that a few rows get. Few rows cannot have all
+        other labels; drawn evenly they would have `could` of them.
         """
-        told = self.check.predicted[self.case.candidates & self.differs]
+        told = self.check.predicted[self.unseen & self.differs]
         if not (len(told) and self.others):
             return 0.0
         share = np.bincount(told) / len(told)
         share = share[share > 0]
-        return float(np.exp(-(share * np.log(share)).sum())) / self.others
+        could = self.others * (1 - (1 - 1 / self.others) ** len(told))
+        return min(1.0, float(np.exp(-(share * np.log(share)).sum())) / could)
 
     @property
     def is_of_few(self) -> bool:
@@ -155,10 +174,13 @@ class Testimony:
     def may_be_unseen(self) -> bool:
         """Whether rows that nothing but it speaks against may be benign ones that it never saw.
 
-        Such are a large part of their label, and it takes them for the few labels like them.
+        Such are a large part of their label, and it takes them for the few labels like them, or
+        there are no more.
         """
-        share = (self.check.candidates & self.ours).sum() / self.ours.sum()
-        return bool(share > LARGE and self.is_of_few)
+        if self.others < FEW:
+            return self.share > KIND
+        left_out = float(self.check.candidates[self.ours].mean())
+        return self.case.source is None and left_out > LARGE and self.is_of_few
 
     def notes(self) -> dict[str, Any]:
         """What the case's notes tell of it."""
@@ -188,12 +210,12 @@ def by_trigger(said: Testimony) -> Ruling:
     The check cannot where it is unsure, where it contradicts even most rows of the label that it
     learnt from, where it confirms their label (poison with a true one; but of strays, a mixture, it
     need only name some), or where they were turned round and neither way they are taken for many
-    labels. With so few labels that nobody knows what is
-    usual, a trigger that is not sure speaks for a label of two kinds.
+    labels. With so few labels that nobody can say so, a trigger that is not sure, or one of most of
+    a label, speaks for a label of two kinds.
     """
     case = said.case
     is_sure_trigger = case.commands >= case.limits.sure
-    if said.others < FEW and not is_sure_trigger:
+    if said.others < FEW and (said.share > MOST or not is_sure_trigger):
         return Ruling.CLEARED
     parts = case.is_mixture and bool(row_by_row(said).any())
     can_tell = said.is_sure and said.knows_label and (said.false_label or parts)
@@ -205,13 +227,13 @@ def by_trigger(said: Testimony) -> Ruling:
 def by_check(said: Testimony) -> Ruling:
     """A label that none commands: the check must know it, and contradict most of the rows.
 
-    More of them if it is sure. If they command the images of one other label, it must take enough
-    of them for that one; if not, they must not be such as it may never have seen.
+    More of them if it is sure. They must not be such as it may never have seen; if they command the
+    images of one other label, it must take enough of them for that one.
     """
     case = said.case
-    if said.may_be_unseen if case.source is None else said.is_from_elsewhere:
+    if said.may_be_unseen or (case.source is not None and said.is_from_elsewhere):
         return Ruling.CLEARED
-    least = UNEXPLAINED if said.is_sure else 0.5
+    least = UNEXPLAINED if said.is_sure else MOST
     if not said.knows_label or said.poison_share(case.poison) < least:
         return Ruling.CLEARED
     return Ruling.ROW_BY_ROW if said.is_sure else Ruling.AS_IT_IS

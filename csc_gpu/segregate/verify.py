@@ -43,6 +43,9 @@ MOST_LEFT_OUT = 0.5
 """Candidates beyond the core are left out only if this share of all rows stays to train on."""
 CONTRADICTED = 0.5
 """Poison with a false label: the check contradicts so many of its candidates, at least."""
+CLEARLY = 1.5
+"""Of two ways round that both come from few labels one comes from more if from so many times as
+many."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +150,16 @@ def the_other_way(court: Court, said: Testimony) -> Case | None:
 
 
 def better(there: Testimony, back: Testimony) -> Testimony:
-    """Of the two ways round the one whose candidates come from more labels, if these are many.
+    """Of the two ways round the one whose candidates come from more labels.
 
-    Else both may be of the label (SIG on T-shirts: poison and benign ones are shirts to a check
-    that saw neither), and the way that works better alone stands.
+    Clearly more, if these are few: both may be of the label (SIG on T-shirts: poison and benign
+    ones are shirts to a check that saw neither), and then the way that works better alone stands.
     """
     told = [[round(way.contradicted, 3), round(way.scattered, 3)] for way in (there, back)]
     there.case.told["ways"] = back.case.told["ways"] = told
-    holds = back.contradicted >= CONTRADICTED and not back.is_of_few
-    return back if holds and back.scattered > there.scattered else there
+    holds = back.contradicted >= CONTRADICTED
+    ahead = CLEARLY if back.is_of_few else 1.0
+    return back if holds and back.scattered > ahead * there.scattered else there
 
 
 def left_out(cases: list[Case]) -> Mask:
