@@ -28,9 +28,9 @@ UNSURE = 0.2
 LARGE = 1 / 3
 """Share of a label from which left-out rows may be benign ones that the check has no idea of."""
 KIND = 0.3
-"""The same of the poison where there are few other labels, for a kind of benign rows comes out as
-all of them: one of three kinds. Poison of a tenth of all rows is .18 to .31 of its label where there
-are two to four."""
+"""The same of the poison where there are few other labels, for a kind of benign rows, say one of
+three, comes out as all of them. Poison of a tenth of all rows is .18 to .31 of its label where
+there are two to four."""
 BEYOND_CHANCE = 2.0
 """A label is no source that gets less than so many times what an even choice would give it."""
 SCATTERED = 0.5
