@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import DBSCAN
+from sklearn.metrics import adjusted_rand_score
 
 from csc_gpu.backend import open_backend
+from csc_gpu.components import independent
 from csc_gpu.conceal import Settings as Concealment
 from csc_gpu.conceal import conceal
 from csc_gpu.features import features, predict
@@ -52,6 +54,24 @@ def test_core_rows_and_noise_agree_and_a_border_row_touches_its_cluster(gpu, nea
     for row in np.flatnonzero((ours >= 0) & ~core):
         near_row = np.linalg.norm(points - points[row], axis=1) <= eps
         assert (near_row & core & (ours == ours[row])).any()
+
+
+def test_k_means_parts_rows_as_scikit_learn_does(gpu):
+    points = overlapping()
+    ours = gpu.to_numpy(gpu.kmeans(gpu.xp.asarray(points), 3, seed=0, tries=20))
+    theirs = CPU.kmeans(points, 3, seed=0, tries=20)
+    assert ours.dtype == np.int32
+    assert adjusted_rand_score(theirs, ours) > 0.99
+
+
+def test_independent_components_agree(gpu):
+    rng = np.random.default_rng(0)
+    mixed = rng.laplace(size=(600, 4)) @ rng.normal(size=(4, 8))
+    mixed = mixed.astype(np.float32)
+    ours = gpu.to_numpy(independent(gpu.xp.asarray(mixed), 4, gpu.xp, seed=3))
+    theirs = independent(mixed, 4, np, seed=3)
+    alike = abs(np.corrcoef(ours.T, theirs.T)[:4, 4:])
+    assert alike.max(axis=1).min() > 0.999
 
 
 def test_distances_to_the_kth_neighbour_agree(gpu):
