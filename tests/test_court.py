@@ -378,6 +378,17 @@ def test_a_core_that_no_trigger_explains_is_heard_beside_a_mixed_group_that_one_
         assert beside.told["commands"] == [["core", 0.3]]
 
 
+def test_a_core_gives_up_what_lies_around_it_where_the_check_would_learn_too_little():
+    """All that the strays leave out counts, not only what of them is held for poison."""
+    judges, _ = court()
+    strays = Group("strays", rows(60, 85), rows(0, 60) | rows(85, 100), 0.7, (0.8, 0.2))
+    found = opened(
+        judges, 0, [group("core", 20, 30, 0.3), strays], [None, strays], Limits(0.6, 0.8)
+    )
+    np.testing.assert_array_equal(found[0].candidates, rows(60, 85) | (ROW == 99))
+    np.testing.assert_array_equal(found[1].candidates, CORE)  # 26 and 30 of 100 would be too many
+
+
 @pytest.mark.parametrize(("most", "both"), [(40, True), (50, True), (51, False)])
 def test_a_core_that_no_trigger_explains_is_heard_beside_rows_that_command_one_label(most, both):
     """Ten benign strays that command one label stood in for an island that the check convicts."""
@@ -692,6 +703,7 @@ def test_a_way_round_counts_if_its_poison_is_of_more_labels_clearly_if_they_are_
         ([1, 2], 2, 1),
         ([], 5, 0),
         ([], 0, 0),
+        ([1] * 4, 0, 0),  # a class of which no row is there
     ],
 )
 def test_labels_are_counted_as_perplexity_of_those_that_so_many_rows_could_have(
