@@ -9,6 +9,7 @@ No figure of these tables is typed by hand, and a test compares them.
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -173,12 +174,19 @@ def again(lines: list[Line], study: list[Line]) -> str:
 
 def anew(lines: list[Line], earlier: list[Line]) -> str:
     """Cells that were trained and judged again from nothing: does a later commit say the same?"""
-    before = {key_of(line): line for line in earlier if line["rule"] == DEFAULT}
-    pairs = [(before[key_of(x)], x) for x in lines if x["rule"] == DEFAULT and key_of(x) in before]
-    pairs = [(was, now) for was, now in pairs if was["trained_at"] != now["trained_at"]]
+    nets = {(key_of(x), x["trained_at"]): x for x in earlier if x["rule"] == DEFAULT}
+    before = {}  # the last line of each cell that is of another net than the one that stands
+    for now in (line for line in lines if line["rule"] == DEFAULT):
+        of_others = [
+            was for (key, at), was in nets.items() if key == key_of(now) and at != now["trained_at"]
+        ]
+        if of_others:
+            before[key_of(now)] = of_others[-1], now
+    pairs = list(before.values())
     if not pairs:
         return "None was trained again."
-    commits = ", ".join(sorted({now["commit"] for _, now in pairs}))
+    each = Counter(now["commit"] for _, now in pairs)
+    commits = ", ".join(f"{commit} ({n})" for commit, n in sorted(each.items()))
     figures = ("before", "detection", "after", "recovered")
     other = [(was, now) for was, now in pairs if any(was[x] != now[x] for x in figures)]
     told = [

@@ -428,6 +428,55 @@ def test_a_core_that_surely_commands_need_only_be_a_trigger_alone(
     assert judges.trigger(0, replace(asked, commands=0.9), Limits(0.7, 0.8)) is not None
 
 
+def test_a_core_is_not_turned_round_for_a_home_that_does_not_work_alone():
+    """Where a mean works as a pattern (digits) the benign home would be convicted for the island."""
+    for home, is_trigger in ((0.45, False), (0.5, True)):
+        judges, _ = court(answers=[0.42, home])
+        found = judges.trigger(0, group("core", 20, 60, 0.9), Limits(0.4, 0.8))
+        assert (found is not None and found.is_turned) == is_trigger
+        assert found is None or is_trigger
+
+
+def test_a_core_that_works_less_than_half_alone_does_not_go_before_strays_that_command_more():
+    judges, _ = court()
+    tried = [group("core", 20, 30, 0.8, (0.45, 0.1)), group("strays", 40, 40, 0.9, (0.8, 0.2))]
+    found = opened(judges, 0, tried, list(tried), Limits(0.4, 0.8))
+    assert [case.told["chosen"] for case in found] == ["strays", "core"]
+    tried[0] = replace(tried[0], alone=(0.5, 0.1))
+    (case,) = opened(judges, 0, tried, list(tried), Limits(0.4, 0.8))
+    assert case.told["chosen"] == "core"
+    (case,) = opened(judges, 0, [replace(tried[0], alone=(0.45, 0.1))], tried[:1], LIMITS)
+    assert case.told["chosen"] == "core" and case.is_commanded
+
+
+def test_an_island_that_commands_one_label_is_heard_once():
+    """Beside itself it would be heard without the label that the check must give it."""
+    judges, _ = court()
+    narrow = Narrow(CORE, rows(60, 100), 1, 0.9, "core", 0.2)
+    (case,) = opened(judges, 0, [group("core", 20, 60, 0.3)], [None], LIMITS, narrow)
+    assert case.source == 1
+
+
+def test_of_two_ways_round_the_smaller_group_does_not_win_for_its_size():
+    labels = np.concatenate([np.zeros(240, int), np.repeat(np.arange(1, 43), 10)])
+    poison, ours = np.arange(len(labels)) < 40, labels == 0
+    group = Group("core", ours & ~poison, poison, 1.0, (0.9, 0.6), True)
+    case = explained_by(Still(labels), 0, group, 1.0, LIMITS, {})
+
+    class Alike:
+        """Half of what it never saw gets label 1, a quarter each 2 and 3."""
+
+        def reclassify(self, candidates):
+            told = np.array([1, 1, 2, 3])[np.arange(len(labels)) % 4]
+            predicted = np.where(candidates, told, labels)
+            return Reclassified(candidates, np.zeros_like(candidates), predicted)
+
+    (found,), checks = heard(Still(labels), [case], Alike(), Settings())
+    assert len(checks) == 2 and found.case is case
+    (_, there), (_, back) = case.told["ways"]
+    assert back > 1.1 * there
+
+
 @pytest.mark.parametrize(("home_from", "left_out"), [(50, 50), (51, 20)])
 def test_without_a_trigger_the_core_awaits_the_check_and_most_of_its_label_is_learnt(
     home_from, left_out
@@ -699,8 +748,8 @@ def test_a_way_round_counts_if_its_poison_is_of_more_labels_clearly_if_they_are_
         ([1] * 40, 5, 1 / 5),
         ([1, 2] * 20, 5, 2 / 5),
         ([1, 2, 3, 4, 5] * 8, 5, 1),
-        ([1, 1], 2, 1 / 1.5),  # two rows drawn evenly have both labels every other time
-        ([1, 2], 2, 1),
+        ([1, 2] * 15, 40, 2 / (40 * (1 - 0.975**30))),  # thirty drawn evenly have 21 of forty
+        ([1, 2] * 14 + [1], 40, 2 / 40),  # fewer rows may be of few by chance
         ([], 5, 0),
         ([], 0, 0),
         ([1] * 4, 0, 0),  # a class of which no row is there

@@ -157,6 +157,7 @@ def test_with_fewer_than_five_labels_a_trigger_must_be_sure(others, commanded, c
     ("others", "held", "commanded", "source", "is_poison"),
     [
         (3, 119, False, None, True),
+        (3, 119, False, 1, True),
         (3, 121, False, None, False),  # .3 of the label: one of three kinds
         (3, 121, False, 1, False),
         (4, 121, False, None, True),
@@ -173,6 +174,20 @@ def test_a_kind_of_one_label_among_few_is_no_poison(others, held, commanded, sou
     case = Case(0, poison, poison, commanded, 1.0, Limits(0.5, 0.8), {}, source=source)
     said = heard_of(case, labels, Reclassified(poison, CONTROLS, predicted))
     assert (judge(said) is not None) == is_poison
+
+
+def test_among_few_labels_a_kind_may_be_unseen_though_the_core_is_a_part_of_it():
+    """What the check contradicts counts: a core of a quarter of its label in a kind of .4."""
+    labels = np.where(ROW < 400, 0, 1 + ROW % 3)
+    core, kind = ROW < 100, ROW < 160
+    case = Case(0, core, kind, False, 0.0, Limits(0.5, 0.8), {})
+    for differs, is_poison in ((core, True), (kind, False)):
+        predicted = np.where(differs, 1 + ROW % 3, labels)
+        said = heard_of(case, labels, Reclassified(kind, CONTROLS, predicted))
+        assert (judge(said) is not None) == is_poison
+    predicted = np.where(core, 1, labels)  # and of few labels it is as it is among many
+    said = heard_of(case, labels, Reclassified(kind, CONTROLS, predicted))
+    assert judge(said) is None
 
 
 def test_an_unsure_model_that_mostly_confirms_a_false_label_leaves_the_rows_as_they_stand():

@@ -252,17 +252,18 @@ class Court:
 
         Of two groups the one that works better alone, against the mean of all other labels, is the
         poison, and it must work alone: two benign kinds of one label differ by more than a trigger.
-        A core whose pattern is sure need do no more than a trigger alone. Strays are a mixture and
-        need not; but where poison outnumbers its label, the benign stray.
+        A core whose pattern is sure need do no more than a trigger alone, as it is. Strays are a
+        mixture and need not; but where poison outnumbers its label, the benign stray.
         """
         if group.commands < limits.known:
             return None
         others = self.labels != label
         alone = self.commands(label, group.rows, others), self.commands(label, group.rest, others)
         group = replace(group, alone=alone)
-        is_sure_core = group.kind == CORE and group.commands >= limits.sure
-        if max(alone) < (min(ALONE, limits.known) if is_sure_core else ALONE):
-            return group if group.kind == STRAYS else None
+        if max(alone) < ALONE:
+            is_sure_core = group.kind == CORE and group.commands >= limits.sure
+            enough = is_sure_core and alone[0] >= max(limits.known, alone[1])
+            return group if enough or group.kind == STRAYS else None
         return group.turned() if alone[1] > alone[0] else group
 
 
@@ -276,13 +277,13 @@ def opened(
 ) -> list[Case]:
     """Hold the group that a trigger explains best for the poison, and grow it by its kin.
 
-    A core goes before mixed groups. One that no trigger explains is heard beside a mixed group that
-    one does (WaNet: the island was the poison, and 50 benign strays commanded the label), or beside
-    rows that command one other label where none does, unless both are so much of the label that the
-    check would not know it. Both await the check as they are.
+    A core that works alone goes before mixed groups. One that no trigger explains is heard beside a
+    mixed group that one does (WaNet: the island was the poison, and 50 benign strays commanded the
+    label), or beside rows that command one other label where none does, and awaits the check as it
+    is; but not if both are so much of the label that the check would not know it.
     """
     known = [group for group in triggers if group is not None]
-    cores = [group for group in known if group.kind == CORE]
+    cores = [group for group in known if group.kind == CORE and max(group.alone) >= ALONE]
     explained = max(cores or known, key=lambda group: group.commands, default=None)
     best = max((group.commands for group in known), default=0.0)
     told = {
@@ -300,7 +301,8 @@ def opened(
     else:
         assert core is not None  # else nothing speaks for the label
         return [unexplained(court, label, core, limits, told, core.rows)]
-    if core is None or cores:
+    chosen = explained or narrow
+    if core is None or chosen is None or chosen.kind == CORE:
         return [case]
     own = {"commands": [[core.kind, round(core.commands, 3)]], "trigger": False}
     beside = unexplained(court, label, core, limits, told | own, case.candidates)

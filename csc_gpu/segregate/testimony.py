@@ -28,15 +28,17 @@ UNSURE = 0.2
 LARGE = 1 / 3
 """Share of a label from which left-out rows may be benign ones that the check has no idea of."""
 KIND = 0.3
-"""The same of the poison where there are few other labels, for a kind of benign rows, say one of
-three, comes out as all of them. Poison of a tenth of all rows is .18 to .31 of its label where
-there are two to four."""
+"""The same of what it contradicts where there are few other labels, for a kind of benign rows, say
+one of three, comes out as all of them. Poison of a tenth of all rows is .18 to .31 of its label
+where there are two to four."""
 BEYOND_CHANCE = 2.0
 """A label is no source that gets less than so many times what an even choice would give it."""
 SCATTERED = 0.5
 """Poison with a false label comes from many: its true labels are as many, in perplexity, as this
 share of those that so many rows could have at least. Benign rows that a check never saw are taken
 for a few like them."""
+TOLD = 30
+"""Of fewer rows nobody can say that they have so few labels because they are few."""
 MOST = 0.5
 """Share of rows that is most of them."""
 
@@ -139,19 +141,27 @@ class Testimony:
         return float(self.differs[self.unseen].mean()) if self.unseen.any() else 0.0
 
     @cached_property
+    def given(self) -> float:
+        """How many labels it gives the candidates that it contradicts. 0..others
+
+        As perplexity: evenly many labels, not those that a few rows get.
+        """
+        told = self.check.predicted[self.unseen & self.differs]
+        share = np.bincount(told) / max(1, len(told))
+        share = share[share > 0]
+        return float(np.exp(-(share * np.log(share)).sum())) if len(told) else 0.0
+
+    @cached_property
     def scattered(self) -> float:
         """How many labels it gives the candidates that it contradicts, of those it could. 0..1
 
-        As perplexity: evenly many labels, not those that a few rows get. Few rows cannot have all
-        other labels; drawn evenly they would have `could` of them.
+        Few rows cannot have all other labels; drawn evenly they would have `could` of them.
         """
-        told = self.check.predicted[self.unseen & self.differs]
-        if not (len(told) and self.others):
+        told = int((self.unseen & self.differs).sum())
+        if not (told and self.others):
             return 0.0
-        share = np.bincount(told) / len(told)
-        share = share[share > 0]
-        could = self.others * (1 - (1 - 1 / self.others) ** len(told))
-        return min(1.0, float(np.exp(-(share * np.log(share)).sum())) / could)
+        could = self.others * (1 - (1 - 1 / self.others) ** told) if told >= TOLD else self.others
+        return min(1.0, self.given / could)
 
     @property
     def is_of_few(self) -> bool:
@@ -177,8 +187,8 @@ class Testimony:
         Such are a large part of their label, and it takes them for the few labels like them, or
         there are no more.
         """
-        if self.others < FEW:
-            return self.share > KIND
+        if self.others < FEW and (self.unseen & self.differs)[self.ours].mean() > KIND:
+            return True
         left_out = float(self.check.candidates[self.ours].mean())
         return self.case.source is None and left_out > LARGE and self.is_of_few
 

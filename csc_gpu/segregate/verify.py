@@ -159,7 +159,7 @@ def better(there: Testimony, back: Testimony) -> Testimony:
     there.case.told["ways"] = back.case.told["ways"] = told
     holds = back.contradicted >= CONTRADICTED
     ahead = CLEARLY if back.is_of_few else 1.0
-    return back if holds and back.scattered > ahead * there.scattered else there
+    return back if holds and back.given > ahead * there.given else there
 
 
 def left_out(cases: list[Case]) -> Mask:
