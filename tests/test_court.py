@@ -429,7 +429,7 @@ def test_a_core_that_surely_commands_need_only_be_a_trigger_alone(
 
 
 def test_a_core_is_not_turned_round_for_a_home_that_does_not_work_alone():
-    """Where a mean works as a pattern (digits) the benign home would be convicted for the island."""
+    """Where a mean works as a pattern (digits) the home would be convicted for the island."""
     for home, is_trigger in ((0.45, False), (0.5, True)):
         judges, _ = court(answers=[0.42, home])
         found = judges.trigger(0, group("core", 20, 60, 0.9), Limits(0.4, 0.8))
