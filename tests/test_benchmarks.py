@@ -480,7 +480,9 @@ def test_cells_that_were_trained_again_are_counted_and_those_that_differ_are_nam
     anew = [line | {"trained_at": "new", "commit": "new"} for line in older]
     assert tables.anew(older, older) == "None was trained again."  # judged again is not trained
     same = tables.anew(anew, older[:2])
-    assert same.startswith("2 cells") and "at new: in 2 every figure" in same
+    assert same.startswith("2 cells") and "at new (2): in 2 every figure" in same
+    later = [line | {"commit": "later"} for line in anew]  # the same nets, judged once more
+    assert "at later (3): in 3 every" in tables.anew(later, [*older, *anew])
     anew[1] |= {"detection": {"tpr": 0.25, "fpr": 0.001}}
     first, differs = tables.anew(anew, older).splitlines()
     assert first.startswith("3 cells") and "in 2 every figure" in first
