@@ -22,6 +22,7 @@ from benchmarks import (
     gpu_check,
     kill,
     loader,
+    merged,
     misses,
     results_file,
     tables,
@@ -29,11 +30,12 @@ from benchmarks import (
     traffic,
 )
 from benchmarks import conceal as concealment
-from csc_gpu import bench
+from csc_gpu import bench, sources
 from csc_gpu.attacks import ATTACKS
 from csc_gpu.backend import open_backend
 from csc_gpu.backend.doctor import missing_for_gpu
 from csc_gpu.cli import cli
+from csc_gpu.data import Settings as Reading
 from csc_gpu.segregate import Settings
 
 CPU = open_backend("cpu", 1)
@@ -473,6 +475,17 @@ def test_the_stages_that_cost_more_than_their_goals_are_named_with_what_they_too
     assert tables.cost({"all": [cheap, dear]}).endswith(
         "| 0.32 (0.35) | 2.05 (2.10) | 0.00 (0.00) |"
     )
+
+
+def test_merged_digits_are_corpora_of_few_labels(tmp_path):
+    done = CliRunner().invoke(merged.cli, [str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    found = {}
+    for path in map(Path, done.stdout.split()):
+        corpus = sources.load(str(path), Reading(), backend=open_backend("cpu", 1)).train
+        found[path.stem] = np.unique(corpus.labels).tolist()
+    few = {"halved": 5, "thirds": 4, "modulo-3": 3, "modulo-4": 4, "modulo-5": 5}
+    assert found == {name: list(range(n)) for name, n in few.items()}
 
 
 def test_cells_that_were_trained_again_are_counted_and_those_that_differ_are_named():

@@ -331,6 +331,16 @@ def strays_of(there, also):
     return observe(early, there.labels, 1.0, Settings(), CPU, scales=())
 
 
+def seen_twice(there, strays):
+    """Two sightings; in the first the strays still lie with label 1."""
+    early = there.points.copy()
+    early[strays] = there.points[np.flatnonzero(there.labels == 1)[0]]
+    return [
+        observe(early, there.labels, 1.0, Settings(), CPU, scales=()),
+        observe(there.points, there.labels, 2.0, Settings(), CPU),
+    ]
+
+
 def test_rows_a_sure_check_names_stand_where_strays_led_to_them_though_no_probe_knows_them():
     """Half of the poison ends among benign rows of its label: only the check can tell."""
     there = world()
@@ -358,13 +368,7 @@ def test_an_island_is_heard_beside_benign_strays_that_command_its_label(is_false
     there.points[also, 15] += 6
     if not is_false:
         there.truth[:] = there.labels
-    early = there.points.copy()
-    early[also] = there.points[np.flatnonzero(there.labels == 1)[0]]
-    seen = [
-        observe(early, there.labels, 1.0, Settings(), CPU, scales=()),
-        observe(there.points, there.labels, 2.0, Settings(), CPU),
-    ]
-
+    seen = seen_twice(there, also)
     share, witness = there.poison.astype(np.float32), Commands(there, {commands: also})
     told = verify(there.poison, share, seen, there.labels, Settings(), CPU, witness)
     assert [case["chosen"] for case in told.notes["labels"]] == ["strays", "core"]
@@ -394,20 +398,9 @@ def test_an_island_beside_strays_is_not_judged_by_what_the_strays_need(contradic
     odd = island & (np.cumsum(island) <= contradicted)
     there.truth[odd] = 1 + np.arange(contradicted) % 3
     there.truth[np.flatnonzero(also)[0]] = 1
-    early = there.points.copy()
-    early[also] = there.points[np.flatnonzero(there.labels == 1)[0]]
-    told = verify(
-        island,
-        island.astype(np.float32),
-        [
-            observe(early, there.labels, 1.0, Settings(), CPU, scales=()),
-            observe(there.points, there.labels, 2.0, Settings(), CPU),
-        ],
-        there.labels,
-        Settings(),
-        CPU,
-        Commands(there, {0.6: also}),
-    )
+    share, witness = island.astype(np.float32), Commands(there, {0.6: also})
+    seen = seen_twice(there, also)
+    told = verify(island, share, seen, there.labels, Settings(), CPU, witness)
     assert [case["chosen"] for case in told.notes["labels"]] == ["strays", "core"]
     assert not told.suspect[island].any()
 
@@ -422,21 +415,10 @@ def test_strays_whose_common_rows_are_benign_are_searched_for_those_that_the_che
     there.points[also, 15] += 8
     home = np.flatnonzero((there.labels == 0) & ~there.poison & ~also)
     there.points[there.poison] = there.points[home[:10]] + 0.01
-    early = there.points.copy()
-    early[also | there.poison] = there.points[np.flatnonzero(there.labels == 1)[0]]
-    nobody = np.zeros(len(also), bool)
-    told = verify(
-        nobody,
-        nobody.astype(np.float32),
-        [
-            observe(early, there.labels, 1.0, Settings(), CPU, scales=()),
-            observe(there.points, there.labels, 2.0, Settings(), CPU),
-        ],
-        there.labels,
-        Settings(),
-        CPU,
-        Commands(there, {commands: also | there.poison, 0.95: there.poison}),
-    )
+    nobody, strays = np.zeros(len(also), bool), also | there.poison
+    witness = Commands(there, {commands: strays, 0.95: there.poison})
+    share, seen = nobody.astype(np.float32), seen_twice(there, strays)
+    told = verify(nobody, share, seen, there.labels, Settings(), CPU, witness)
     (case,) = told.notes["labels"]
     assert (case["chosen"], case["rows"], case["checked"][:2]) == ("strays", 30, [20, 10])
     np.testing.assert_array_equal(told.suspect, there.poison)
