@@ -277,14 +277,19 @@ def opened(
 ) -> list[Case]:
     """Hold the group that a trigger explains best for the poison, and grow it by its kin.
 
-    A core that works alone goes before mixed groups. One that no trigger explains is heard beside a
-    mixed group that one does (WaNet: the island was the poison, and 50 benign strays commanded the
-    label), or beside rows that command one other label where none does, and awaits the check as it
-    is; but not if both are so much of the label that the check would not know it.
+    A core that works alone goes before mixed groups, unless its pattern is not sure and that of the
+    label's halves is: then benign rows lie with the island, and the check is to tell which.
+    A core that no trigger explains is heard beside a mixed group that one does (WaNet: the island
+    was the poison, and 50 benign strays commanded the label), or beside rows that command one other
+    label where none does, and awaits the check as it is; but not if both are so much of the label
+    that the check would not know it.
     """
     known = [group for group in triggers if group is not None]
-    cores = [group for group in known if group.kind == CORE and max(group.alone) >= ALONE]
-    explained = max(cores or known, key=lambda group: group.commands, default=None)
+    islands = [group for group in known if group.kind == CORE and max(group.alone) >= ALONE]
+    halves = [group for group in known if group.kind == HALVES and group.commands >= limits.sure]
+    gives_way = bool(halves) and any(island.commands < limits.sure for island in islands)
+    first = (halves if gives_way else islands) or known
+    explained = max(first, key=lambda group: group.commands, default=None)
     best = max((group.commands for group in known), default=0.0)
     told = {
         "label": label,
@@ -304,6 +309,9 @@ def opened(
     chosen = explained or narrow
     if core is None or chosen is None or chosen.kind == CORE:
         return [case]
+    if gives_way:
+        both = case.candidates | core.rows
+        return [replace(case, candidates=both)] if is_mostly_learnt(court, label, both) else [case]
     own = {"commands": [[core.kind, round(core.commands, 3)]], "trigger": False}
     beside = unexplained(court, label, core, limits, told | own, case.candidates)
     is_known = is_mostly_learnt(court, label, case.candidates | beside.candidates)
