@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -504,6 +505,48 @@ def test_cells_that_were_trained_again_are_counted_and_those_that_differ_are_nam
     )
     anew[2] |= {"after": anew[2]["after"] | {"asr": 0.5}}
     assert "in 1 every figure" in tables.anew(anew, older)
+
+
+def test_cells_that_an_earlier_rule_judged_are_named():
+    now = tables.AS_IT_IS[-1]
+    older, newer = a_line() | {"commit": "older6789abc"}, a_line(seed=1) | {"commit": now}
+    first, *named = tables.standing([older, newer, older | {"seed": 2}]).splitlines()
+    assert first.startswith("1 of 3 cells") and "2 by an earlier" in first
+    assert named == ["- digits badnets 0.05 seed 0 (older67), 2 (older67)"]
+
+
+def test_cells_that_nobody_had_looked_at_are_a_table_of_their_own(monkeypatch):
+    monkeypatch.setattr(tables, "HELD_OUT", {("digits", 2)})
+    common = [a_line(seed=seed) for seed in range(4)]
+    rare = [a_line(seed=seed, rate=0.01) for seed in range(4)]
+    none = a_line(seed=1, attack="none", rate=0.01)  # its rate says nothing
+    _, _, *rows = tables.held_out([*common, *rare, none]).splitlines()
+    seeds = [row.split(" | ")[1:3] for row in rows]
+    assert seeds == [["badnets 0.05", "2, 0"], ["badnets 0.01", "1, 0"], ["badnets 0.01", "2, 0"]]
+
+
+@pytest.mark.parametrize("commit", tables.AS_IT_IS)
+def test_the_rule_has_not_changed_since_the_commits_that_judged_by_it(commit):
+    def git(*words):
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=tables.ROOT)
+
+    if git("cat-file", "-e", commit).returncode:
+        pytest.skip(f"git does not know {commit} here")
+
+    def decides(text):
+        """Its syntax tree, without docstrings and comments."""
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                texts = [part for part in node.body if isinstance(part, ast.Expr)]
+                texts = [text for text in texts if isinstance(text.value, ast.Constant)]
+                node.body = [part for part in node.body if part not in texts]
+        return ast.dump(tree)
+
+    code = tables.ROOT / "csc_gpu"
+    for path in [*sorted((code / "segregate").glob("*.py")), code / "witness.py"]:
+        then = git("show", f"{commit}:{path.relative_to(tables.ROOT)}").stdout
+        assert decides(path.read_text()) == decides(then), path
 
 
 def test_what_has_a_line_is_not_judged_again(tmp_path, monkeypatch):

@@ -60,7 +60,8 @@ class Settings:
     max_share: float = 0.2
     """No more than this share of all rows is flagged: the highest scores."""
     max_label_share: float = 0.75
-    """No more than this share of a label's rows is flagged, nor taken for its core."""
+    """No more than this share of a label's rows is taken for its core, or flagged unless a trigger
+    commands the label and the check contradicts the rows."""
     k_rows: int = 20_000
     """Rows asked for their k-distance, at most."""
     label_share: float = 0.1
