@@ -97,4 +97,5 @@ def oracle(
 
 def heard_of(case, labels, check, **changes):
     """What the check says of the case, with the usual settings but for these."""
-    return Testimony(case, check, labels, Settings(**changes).min_rows)
+    settings = Settings(**changes)
+    return Testimony(case, check, labels, settings.min_rows, settings.max_label_share)

@@ -67,6 +67,7 @@ class Testimony:
     check: Reclassified
     labels: NDArray[np.int64]  # (N,)
     min_rows: int  # so many controls of a label tell as much as those of all others
+    max_label_share: float  # more of a label is not held to be poison unless it is told so
 
     @cached_property
     def ours(self) -> Mask:
@@ -220,8 +221,9 @@ def by_trigger(said: Testimony) -> Ruling:
     The check cannot where it is unsure, where it contradicts even most rows of the label that it
     learnt from, where it confirms their label (poison with a true one; but of strays, a mixture, it
     need only name some), or where they were turned round and neither way they are taken for many
-    labels. With so few labels that nobody can say so, a trigger that is not sure, or one of most of
-    a label, speaks for a label of two kinds.
+    labels. If these are nearly all of their label, they are what makes it: a stop sign's mean may
+    command like a trigger. With so few labels that nobody can say so, a trigger that is not sure,
+    or one of most of a label, speaks for a label of two kinds.
     """
     case = said.case
     is_sure_trigger = case.commands >= case.limits.sure
@@ -231,7 +233,8 @@ def by_trigger(said: Testimony) -> Ruling:
     can_tell = said.is_sure and said.knows_label and (said.false_label or parts)
     if can_tell and not (case.is_disputed and said.is_of_few):
         return Ruling.ROW_BY_ROW
-    return Ruling.AS_IT_IS if is_sure_trigger else Ruling.CLEARED
+    makes_label = said.share > said.max_label_share and said.is_of_few
+    return Ruling.AS_IT_IS if is_sure_trigger and not makes_label else Ruling.CLEARED
 
 
 def by_check(said: Testimony) -> Ruling:

@@ -130,7 +130,8 @@ def heard(
 
     def asked(ways: list[Case]) -> list[Testimony]:
         check = witness.reclassify(left_out(ways))
-        return [Testimony(way, check, court.labels, settings.min_rows) for way in ways]
+        known = court.labels, settings.min_rows, settings.max_label_share
+        return [Testimony(way, check, *known) for way in ways]
 
     first = asked(cases)
     back = [the_other_way(court, said) for said in first]
