@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+
+
+class BadInput(click.ClickException):
+    """What a user can mend: one line, and exit status 2."""
+
+    exit_code = 2
+
+
+@contextmanager
+def cell_in(place: Path) -> Iterator[None]:
+    """What is wrong with the files of a cell is one line. Raises BadInput."""
+    from csc_gpu.errors import CscError
+
+    try:
+        yield
+    except (CscError, OSError, ValueError, KeyError) as fault:
+        told = " ".join(str(fault).split())
+        raise BadInput(f"{place} is no trained cell ({told}); train it again") from fault
 
 
 @dataclass(frozen=True)
@@ -35,8 +54,13 @@ class Cell:
 def open_cell(place: Path, changes: Mapping[str, Any]) -> Cell:
     """The cell in a folder, on one core, with the data and training of its run and these changes.
 
-    Raises ClickException if its features are of another corpus.
+    Raises BadInput if there is none, or its features are of another corpus.
     """
+    with cell_in(place):
+        return _opened(place, changes)
+
+
+def _opened(place: Path, changes: Mapping[str, Any]) -> Cell:
     from csc_gpu import answers, csc, run, sources
     from csc_gpu.backend import open_backend
     from csc_gpu.config import override, read_toml
@@ -50,7 +74,7 @@ def open_cell(place: Path, changes: Mapping[str, Any]) -> Cell:
     at = {path: row for row, path in enumerate(key.paths)}
     snapshots = run.load_snapshots(place / "run" / "features.npz")
     if snapshots.names.paths != corpus.paths:
-        raise click.ClickException(f"{place}: the features are of another corpus; train it again")
+        raise ValueError("its features are of another corpus")
     return Cell(
         place=place,
         told=json.loads((place / "cell.json").read_text()),

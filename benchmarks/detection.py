@@ -3,7 +3,7 @@
     python -m benchmarks.detection train CORPUS --name cifar10-10k --flip --work CELLS
     python -m benchmarks.detection judge --work CELLS
     python -m benchmarks.detection judge --work CELLS --rule again --out AGAIN
-    python -m benchmarks.detection judge --work CELLS --rule "two-stage segregate.coarsest=0.9"
+    python -m benchmarks.detection judge --work CELLS --rule "two-stage segregate.votes=3" --out TRY
     python -m benchmarks.detection table --rule two-stage
     python -m benchmarks.detection plot --out PICTURES
 
@@ -32,7 +32,7 @@ from typing import Any
 
 import click
 
-from benchmarks.cells import open_cell
+from benchmarks.cells import BadInput, cell_in, open_cell
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,6 +59,31 @@ repeats itself bit by bit. And recovery as it is now, from the verdict of that l
 files of their own."""
 
 
+SHARE = click.FloatRange(0, 1, max_open=True)
+JOBS = click.IntRange(min=1)
+
+
+def known_attacks(_: Any, __: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The names, if each is an attack's. Raises BadParameter."""
+    from csc_gpu.attacks import ATTACKS
+
+    for name in names:
+        if name not in ATTACKS:
+            raise click.BadParameter(f"{name} is no attack; there are {', '.join(ATTACKS)}")
+    return names
+
+
+def known_rules(_: Any, __: Any, rules: tuple[str, ...]) -> tuple[str, ...]:
+    """The rules, if each begins with the name of one. Raises BadParameter."""
+    from csc_gpu.segregate import RULES
+
+    names = (*RULES, *(name + ONCE for name in RULES), ORACLE, PLAIN, AGAIN, RECOVER)
+    for rule in rules:
+        if not rule.split() or rule.split()[0] not in names:
+            raise click.BadParameter(f"{rule!r} is no rule; there are {', '.join(names)}")
+    return rules
+
+
 @click.group()
 def cli() -> None:
     """Train the cells of the study, judge them, make the table or the plots."""
@@ -70,16 +95,28 @@ def cli() -> None:
 @cli.command()
 @click.argument("corpus")
 @click.option("--name", required=True, help="What to call the corpus in the lines.")
-@click.option("--attack", "attacks", multiple=True, help="Only these attacks; repeat.")
+@click.option(
+    "--attack",
+    "attacks",
+    multiple=True,
+    callback=known_attacks,
+    help="Only these attacks; repeat.",
+)
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only these seeds; repeat.")
 @click.option("--target", "targets", multiple=True, help="The targets of the seeds, in turn.")
 @click.option("--option", "options", multiple=True, help="A setting of the attack; repeat.")
-@click.option("--rate", type=float, help="Another rate than the usual one.")
-@click.option("--label-noise", default=0.0, help="Share of clean rows with a false label.")
+@click.option(
+    "--rate", type=click.FloatRange(0, 1, min_open=True), help="Another rate than the usual one."
+)
+@click.option(
+    "--label-noise", type=SHARE, default=0.0, help="Share of clean rows with a false label."
+)
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
 @click.option("--set", "changed", multiple=True, help="A setting of csc-gpu train; repeat.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where cells lie.")
-@click.option("--jobs", default=2, show_default=True, help="Cells at a time, one core each.")
+@click.option(
+    "--jobs", type=JOBS, default=2, show_default=True, help="Cells at a time, one core each."
+)
 def train(
     corpus: str,
     name: str,
@@ -183,23 +220,38 @@ def command(*words: Any) -> None:
 
 
 @cli.command()
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where cells lie.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    required=True,
+    help="Where cells lie.",
+)
 @click.option(
     "--rule",
     "rules",
     multiple=True,
+    callback=known_rules,
     default=(DEFAULT,),
     show_default=True,
     help="A rule, and after blanks the segregation settings it is tried with; repeat.",
 )
 @click.option("--only", default="", help="Cells whose folder begins so.")
-@click.option("--jobs", default=2, show_default=True, help="Cells at a time, one core each.")
+@click.option(
+    "--jobs", type=JOBS, default=2, show_default=True, help="Cells at a time, one core each."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -> None:
     """Judge every trained cell by every rule that has no line yet."""
-    if out == RESULTS and {AGAIN, RECOVER} & set(rules):
-        raise click.ClickException("give --out: these lines are no part of the study's own")
-    cells = [json.loads(path.read_text()) for path in sorted(work.glob(f"{only}*/cell.json"))]
+    tried = [rule for rule in rules if len(rule.split()) > 1 or rule in (AGAIN, RECOVER)]
+    if out == RESULTS and tried:
+        raise BadInput(f"give --out: lines of {tried[0]!r} are no part of the study's own")
+    places = sorted(path.parent for path in work.glob(f"{only}*/cell.json"))
+    if not places:
+        raise BadInput(f"{work} holds no cell that begins with {only!r}; train one first")
+    for place in places:
+        if not (place / "run" / "summary.json").exists():
+            raise BadInput(f"{place} has no run; train it again")
+    cells = [json.loads((place / "cell.json").read_text()) for place in places]
     known = [(key_of(line), line["rule"]) for line in read(out)]
     todo = [(c, rule) for rule in rules for c in cells if (key_of(c), rule) not in known]
     attacked = (ORACLE, PLAIN, RECOVER)
@@ -332,7 +384,7 @@ def verdict_of(path: Path, paths: tuple[str, ...]) -> Any:
 
     kept = run.load_suspects(path)
     if kept.paths != paths:
-        raise click.ClickException(f"{path} is of another corpus; judge it by {DEFAULT} again")
+        raise BadInput(f"{path} is of another corpus; judge it by {DEFAULT} again")
     return Segregation(kept.suspect, kept.score.astype(np.float32), {}, {})
 
 
@@ -402,7 +454,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if any("clean_net" not in line for line in lines):
-        raise click.ClickException(f"{path} holds lines of an earlier study; give another file")
+        raise BadInput(f"{path} holds lines of an earlier study; give another file")
     for line in lines:
         for part in ("recovered", "clean_net"):
             if line[part]:
@@ -472,6 +524,8 @@ COLUMNS = {
 def table(lines: Path, rules: tuple[str, ...], columns: tuple[str, ...]) -> None:
     """The cells as Markdown: the median over seeds, and each seed's value."""
     rows = [row for row in read(lines) if not rules or row["rule"] in rules]
+    if not rows:
+        raise BadInput(f"{lines} holds no line of {' or '.join(rules) or 'any rule'}; judge first")
     click.echo(f"{markdown(rows, columns or tuple(COLUMNS))}\n\n{made_by(rows)}")
 
 
@@ -548,6 +602,8 @@ def plot(lines: Path, out: Path) -> None:
     from benchmarks.pictures import dots
 
     rows = [row for row in read(lines) if row["rule"] == DEFAULT]
+    if not rows:
+        raise BadInput(f"{lines} holds no line of {DEFAULT}; judge first")
     out.mkdir(parents=True, exist_ok=True)
     found = {
         "detection.png": (("recall", ("detection", "tpr")), ("false alarms", ("detection", "fpr"))),
@@ -578,11 +634,12 @@ def picture(place: Path, verdict: Path | None, out: Path) -> None:
     from benchmarks.pictures import scatter
     from csc_gpu import answers, run
 
-    key = answers.load_key(place / "poisoned" / "key.npz")
-    snapshots = run.load_snapshots(place / "run" / "features.npz")
-    found = run.load_suspects(verdict or place / "run" / "suspects.csv")
-    row = {path: number for number, path in enumerate(key.paths)}
-    poison = key.is_poison[[row[path] for path in found.paths]]
+    with cell_in(place):
+        key = answers.load_key(place / "poisoned" / "key.npz")
+        snapshots = run.load_snapshots(place / "run" / "features.npz")
+        found = run.load_suspects(verdict or place / "run" / "suspects.csv")
+        row = {path: number for number, path in enumerate(key.paths)}
+        poison = key.is_poison[[row[path] for path in found.paths]]
     z = snapshots.features[-1]
     z = z / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
     concerned = np.unique(snapshots.labels[poison | found.suspect])

@@ -13,16 +13,28 @@ from pathlib import Path
 import click
 import numpy as np
 
+from benchmarks.cells import BadInput
+
 
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path, exists=True))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--ratio", default=10.0, show_default=True, help="Largest class over smallest.")
+@click.option(
+    "--ratio",
+    type=click.FloatRange(min=1),
+    default=10.0,
+    show_default=True,
+    help="Largest class over smallest.",
+)
 @click.option("--seed", default=0, show_default=True)
 def thin(source: Path, out: Path, ratio: float, seed: int) -> None:
     """Write OUT, a long-tailed part of SOURCE."""
-    with np.load(source, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in names}
+    except (OSError, ValueError, KeyError) as fault:
+        raise BadInput(f"{source}: {fault}; give an .npz of {', '.join(names)}") from fault
     labels, draw = arrays["y_train"], np.random.default_rng(seed)
     n_classes, kept = int(labels.max()) + 1, []
     for label in range(n_classes):

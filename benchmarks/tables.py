@@ -64,7 +64,7 @@ STAGES = {
 """What the defense adds to a training."""
 MOST = {"clustering and rule": 0.3, "verification": 2.0}
 """What these are to cost, in trainings."""
-AS_IT_IS = ("8a305c6f6814",)
+AS_IT_IS = ("6dcb9e21170a",)
 """Commits that judged by the rule as it is: what decides has not changed since (a test asks)."""
 HELD_OUT = {("cifar10-10k", 6), ("gtsrb32", 7), ("mnist", 7), ("fashion-mnist", 5)}
 """Data sets and seeds that were trained when the rule was done, and no rule was made for."""

@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.cells import Cell, open_cell
+from benchmarks.cells import BadInput, Cell, open_cell
 from benchmarks.detection import sighted
 
 RESULTS = Path(__file__).parent / "results" / "thresholds.jsonl"
@@ -191,7 +191,10 @@ def judge(cells: tuple[Path, ...], out: Path) -> None:
 @click.argument("lines", type=click.Path(path_type=Path), default=RESULTS)
 def table(lines: Path) -> None:
     """Of each constant and factor: in how many cells the suspects change, and the worst of them."""
-    click.echo(markdown(read(lines)))
+    found = read(lines)
+    if not found:
+        raise BadInput(f"{lines} holds no line; judge a cell first")
+    click.echo(markdown(found))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -362,7 +362,9 @@ def pack(source: str, out: Path, changes: dict[str, Any], **how: Any) -> None:
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
 @click.option("--save-features", is_flag=True, help="Keep features.npz, for segregate.")
 @click.option(
-    "--recover", is_flag=True, help="Also give a net without the suspects, for the true class."
+    "--recover",
+    is_flag=True,
+    help="Also train a net without the suspects, which names the true class: one training more.",
 )
 @click.option("--quiet", is_flag=True, help="Nothing on stderr; log.jsonl tells how far it is.")
 @click.option(

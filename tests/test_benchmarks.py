@@ -23,6 +23,7 @@ from benchmarks import (
     gpu_check,
     kill,
     loader,
+    long_tail,
     merged,
     misses,
     results_file,
@@ -440,10 +441,58 @@ def test_cells_are_poisoned_and_trained_once(tmp_path, monkeypatch):
 
 
 def test_a_seed_given_alone_takes_the_target_given_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(detection, "train_cell", lambda cell, *_: cell)
+    cells = []
+    monkeypatch.setattr(detection, "train_cell", lambda cell, *_: cells.append(cell) or cell)
     words = ("--name", "d", "--attack", "badnets", "--work", tmp_path)
     result = run(detection.cli, "train", "digits", *words, "--seed", 3, "--target", "7")
     assert result.exit_code == 0, result.output
+    assert [(cell["seed"], cell["target"]) for cell in cells] == [(3, "7")]
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        (detection.cli, "train digits --name d --work W --attack bogus", "bogus is no attack"),
+        (detection.cli, "train digits --name d --work W --jobs 0", "0 is not in the range"),
+        (detection.cli, "train digits --name d --work W --rate 0", "0.0 is not in the range"),
+        (detection.cli, "train digits --name d --work W --label-noise 1", "1.0 is not in the"),
+        (detection.cli, "judge --work nowhere", "'nowhere' does not exist"),
+        (detection.cli, "judge --work W", "holds no cell that begins with ''; train one"),
+        (detection.cli, "judge --work W --only cell", "has no run; train it again"),
+        (detection.cli, "judge --work W --rule bogus", "'bogus' is no rule; there are two-stage"),
+        (detection.cli, "judge --work W --rule again", "give --out: lines of 'again'"),
+        (
+            detection.cli,
+            "judge --work W --rule text segregate.votes=3",
+            "give --out: lines of 'text",
+        ),
+        (detection.cli, "one W two-stage", "is no trained cell"),
+        (detection.cli, "picture W --out P", "is no trained cell"),
+        (detection.cli, "table nowhere", "nowhere holds no line of any rule; judge first"),
+        (detection.cli, "table --rule nothing", "holds no line of nothing; judge first"),
+        (detection.cli, "plot nowhere --out P", "nowhere holds no line of two-stage"),
+        (misses.main, "W", "is no trained cell"),
+        (thresholds.cli, "judge W", "is no trained cell"),
+        (thresholds.cli, "table nowhere", "nowhere holds no line; judge a cell first"),
+        (long_tail.thin, "F tail.npz --ratio 0", "0.0 is not in the range"),
+        (long_tail.thin, "F tail.npz", "give an .npz of x_train"),
+    ],
+)
+def test_what_a_user_of_the_study_can_mend_is_one_line(command, words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    work, bare = tmp_path / "W", tmp_path / "bare.npz"
+    work.mkdir()
+    if "--only" in words:
+        (work / "cell").mkdir()
+        (work / "cell" / "cell.json").write_text("{}")
+    np.savez(bare, x_train=np.zeros(3))
+    known = {"W": str(work), "F": str(bare)}
+    words = words.replace("text segregate", "text+segregate").split()
+    result = run(command, *(known.get(word, word.replace("+", " ")) for word in words))
+    assert result.exit_code == 2, result.output
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("Error: ") and said in line, line
+    assert not (tmp_path / "P").exists()
 
 
 def a_line(rule="two-stage", **changes):
@@ -553,7 +602,8 @@ def test_what_has_a_line_is_not_judged_again(tmp_path, monkeypatch):
     for seed in range(2):
         cell = a_cell(seed=seed)
         place = detection.folder(cell, tmp_path)
-        place.mkdir()
+        (place / "run").mkdir(parents=True)
+        (place / "run" / "summary.json").write_text("{}")
         (place / "cell.json").write_text(json.dumps(cell))
     asked, out = [], tmp_path / "deep" / "lines.jsonl"
 
