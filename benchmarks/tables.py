@@ -66,10 +66,15 @@ MOST = {"clustering and rule": 0.3, "verification": 2.0}
 """What these are to cost, in trainings."""
 AS_IT_IS = ("6dcb9e21170a",)
 """Commits that judged by the rule as it is: what decides has not changed since (a test asks)."""
-HELD_OUT = {("cifar10-10k", 6), ("gtsrb32", 7), ("mnist", 7), ("fashion-mnist", 5)}
-"""Data sets and seeds that were trained when the rule was done, and no rule was made for."""
+HELD_OUT = {
+    *(("cifar10-10k", 6), ("gtsrb32", 7), ("gtsrb32", 8), ("mnist", 6), ("mnist", 7)),
+    ("fashion-mnist", 5),
+}
+"""Data sets and seeds that were trained when the rule was done,"""
 RARE, RARE_HELD_OUT = 0.01, (1, 2)
-"""And of this rate these seeds."""
+"""of this rate these seeds,"""
+MENDED = {("mnist", "blend", 6, 0.0), ("gtsrb32", "none", 7, 0.05)}
+"""but for those that it was changed for: data set, attack, seed and label noise."""
 RECOVERED = 0.9
 """Share of the oracle's RA that recovery is to reach."""
 Line = dict[str, Any]
@@ -219,7 +224,12 @@ def held_out(lines: list[Line]) -> str:
         for line in lines
         if (line["data"], line["seed"]) in HELD_OUT
         or (line["attack"] != "none" and line["rate"] == RARE and line["seed"] in RARE_HELD_OUT)
+        if (line["data"], line["attack"], line["seed"], line["label_noise"]) not in MENDED
     ]
+    order = list(dict.fromkeys(line["data"] for line in lines))
+    fresh.sort(
+        key=lambda x: (order.index(x["data"]), x["attack"] == "none", -x["rate"], x["label_noise"])
+    )
     names = ("recall", "false alarms", "asr before", "asr after", "clean net")
     names += ("accuracy before", "accuracy after", "RA recovered")
     rows = [f"| data | attack | seed, target | {' | '.join(names)} |", "|---" * 11 + "|"]

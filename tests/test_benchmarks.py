@@ -565,7 +565,8 @@ def test_cells_that_an_earlier_rule_judged_are_named():
 
 
 def test_cells_that_nobody_had_looked_at_are_a_table_of_their_own(monkeypatch):
-    monkeypatch.setattr(tables, "HELD_OUT", {("digits", 2)})
+    monkeypatch.setattr(tables, "HELD_OUT", {("digits", 2), ("digits", 3)})
+    monkeypatch.setattr(tables, "MENDED", {("digits", "badnets", 3, 0.0)})
     common = [a_line(seed=seed) for seed in range(4)]
     rare = [a_line(seed=seed, rate=0.01) for seed in range(4)]
     none = a_line(seed=1, attack="none", rate=0.01)  # its rate says nothing
