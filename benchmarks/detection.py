@@ -242,7 +242,7 @@ def command(*words: Any) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -> None:
     """Judge every trained cell by every rule that has no line yet."""
-    tried = [rule for rule in rules if len(rule.split()) > 1 or rule in (AGAIN, RECOVER)]
+    tried = [rule for rule in rules if rule.split()[1:] or rule in (AGAIN, RECOVER)]
     if out == RESULTS and tried:
         raise BadInput(f"give --out: lines of {tried[0]!r} are no part of the study's own")
     places = sorted(path.parent for path in work.glob(f"{only}*/cell.json"))
@@ -255,7 +255,7 @@ def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -
     known = [(key_of(line), line["rule"]) for line in read(out)]
     todo = [(c, rule) for rule in rules for c in cells if (key_of(c), rule) not in known]
     attacked = (ORACLE, PLAIN, RECOVER)
-    todo = [(c, rule) for c, rule in todo if rule not in attacked or c["attack"] != "none"]
+    todo = [(c, r) for c, r in todo if r.split()[0] not in attacked or c["attack"] != "none"]
     click.echo(f"{len(cells)} cells, {len(todo)} judgements to make")
     with ThreadPoolExecutor(jobs) as pool:
         asked = [pool.submit(judged, cell, rule, work) for cell, rule in todo]
@@ -333,7 +333,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     }
     if rule == PLAIN:
         return line
-    if rule == RECOVER:
+    if base == RECOVER:
         was = verdict_of(place / f"{DEFAULT}.csv", corpus.paths)
         back = recover.recover(
             corpus,
@@ -355,7 +355,7 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     spent = used() - start
 
     found = outcome.segregation
-    if rule == AGAIN:
+    if base == AGAIN:
         was, how = verdict_of(place / f"{DEFAULT}.csv", corpus.paths), settings.recover
         line["changed"] = int((was.suspect != found.suspect).sum())
         both = (recover.left_out(verdict, corpus.labels, how) for verdict in (was, found))
