@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from benchmarks import thresholds
 from benchmarks.detection import (
     COLUMNS,
     DEFAULT,
@@ -95,7 +96,9 @@ def tables(
     clean = [line for line in ours if line["attack"] == "none"]
     papers = [line for line in study if line["rule"] not in (DEFAULT, ORACLE, PLAIN)]
     beside = {key_of(line) for line in papers}
-    papers = [line for line in ours if key_of(line) in beside] + papers
+    papers = [line for line in ours if key_of(line) in beside] + sorted(
+        papers, key=lambda line: str(line["rule"])
+    )
     before_after = ("accuracy before", "accuracy after")
     asr = ("asr before", "asr after")
     plainly = ("RA after", "clean rejected")
@@ -373,6 +376,7 @@ def cli(pages: tuple[Path, ...], check: bool) -> None:
     rows = [row for path in matrices for row in read_rows(path)]
     earlier = [line for path in EARLIER for line in read(path)]
     found = tables(read(RESULTS), read(ATTACKS), rows, read(AGAIN), earlier)
+    found["thresholds"] = thresholds.markdown(thresholds.read(thresholds.RESULTS))
     for page in pages or PAGES:
         said = page.read_text(encoding="utf-8")
         text = filled(said, found)
