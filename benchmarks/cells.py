@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
-
-class BadInput(click.ClickException):
-    """What a user can mend: one line, and exit status 2."""
-
-    exit_code = 2
-
-
-@contextmanager
-def cell_in(place: Path) -> Iterator[None]:
-    """What is wrong with the files of a cell is one line. Raises BadInput."""
-    from csc_gpu.errors import CscError
-
-    try:
-        yield
-    except (CscError, OSError, ValueError, KeyError) as fault:
-        told = " ".join(str(fault).split())
-        raise BadInput(f"{place} is no trained cell ({told}); train it again") from fault
+from csc_gpu.errors import CorpusError
 
 
 @dataclass(frozen=True)
@@ -51,20 +32,30 @@ class Cell:
         return self.key.is_poison[self.rows]
 
 
+def read_cell(place: Path) -> dict[str, Any]:
+    """What cell.json says of a trained cell. Raises CorpusError without it, or without a run."""
+    try:
+        told: dict[str, Any] = json.loads((place / "cell.json").read_text())
+    except (OSError, ValueError) as fault:
+        raise CorpusError(
+            f"{place} is no cell: cannot read its cell.json; give a folder in which "
+            "benchmarks.detection train has trained one"
+        ) from fault
+    if not (place / "run" / "summary.json").exists():
+        raise CorpusError(f"the cell {place} has no run; remove the folder and train it again")
+    return told
+
+
 def open_cell(place: Path, changes: Mapping[str, Any]) -> Cell:
     """The cell in a folder, on one core, with the data and training of its run and these changes.
 
-    Raises BadInput if there is none, or its features are of another corpus.
+    Raises CorpusError if something is missing, or its features are of another corpus.
     """
-    with cell_in(place):
-        return _opened(place, changes)
-
-
-def _opened(place: Path, changes: Mapping[str, Any]) -> Cell:
     from csc_gpu import answers, csc, run, sources
     from csc_gpu.backend import open_backend
     from csc_gpu.config import override, read_toml
 
+    told = read_cell(place)
     summary = json.loads((place / "run" / "summary.json").read_text())
     of_run = read_toml(place / "run" / "settings.toml")
     kept = {name: of_run[name] for name in of_run if name.startswith(("data.", "train."))}
@@ -74,10 +65,10 @@ def _opened(place: Path, changes: Mapping[str, Any]) -> Cell:
     at = {path: row for row, path in enumerate(key.paths)}
     snapshots = run.load_snapshots(place / "run" / "features.npz")
     if snapshots.names.paths != corpus.paths:
-        raise ValueError("its features are of another corpus")
+        raise CorpusError(f"{place}: the features are of another corpus; train it again")
     return Cell(
         place=place,
-        told=json.loads((place / "cell.json").read_text()),
+        told=told,
         summary=summary,
         settings=settings,
         backend=cpu,

@@ -3,7 +3,7 @@
     python -m benchmarks.detection train CORPUS --name cifar10-10k --flip --work CELLS
     python -m benchmarks.detection judge --work CELLS
     python -m benchmarks.detection judge --work CELLS --rule again --out AGAIN
-    python -m benchmarks.detection judge --work CELLS --rule "two-stage segregate.votes=3" --out TRY
+    python -m benchmarks.detection judge --work CELLS --rule "two-stage segregate.votes=2" --out TRY
     python -m benchmarks.detection table --rule two-stage
     python -m benchmarks.detection plot --out PICTURES
 
@@ -32,7 +32,11 @@ from typing import Any
 
 import click
 
-from benchmarks.cells import BadInput, cell_in, open_cell
+from benchmarks.cells import open_cell, read_cell
+from benchmarks.command import Commands, json_lines
+from csc_gpu.cli import Failure
+from csc_gpu.config import override, parse_change
+from csc_gpu.errors import ConfigError, CorpusError
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,32 +63,17 @@ repeats itself bit by bit. And recovery as it is now, from the verdict of that l
 files of their own."""
 
 
-SHARE = click.FloatRange(0, 1, max_open=True)
-JOBS = click.IntRange(min=1)
+JOBS = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    help="Cells at a time, one core each.",
+)
+LINES = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
-def known_attacks(_: Any, __: Any, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names, if each is an attack's. Raises BadParameter."""
-    from csc_gpu.attacks import ATTACKS
-
-    for name in names:
-        if name not in ATTACKS:
-            raise click.BadParameter(f"{name} is no attack; there are {', '.join(ATTACKS)}")
-    return names
-
-
-def known_rules(_: Any, __: Any, rules: tuple[str, ...]) -> tuple[str, ...]:
-    """The rules, if each begins with the name of one. Raises BadParameter."""
-    from csc_gpu.segregate import RULES
-
-    names = (*RULES, *(name + ONCE for name in RULES), ORACLE, PLAIN, AGAIN, RECOVER)
-    for rule in rules:
-        if not rule.split() or rule.split()[0] not in names:
-            raise click.BadParameter(f"{rule!r} is no rule; there are {', '.join(names)}")
-    return rules
-
-
-@click.group()
+@click.group(cls=Commands)
 def cli() -> None:
     """Train the cells of the study, judge them, make the table or the plots."""
 
@@ -95,28 +84,16 @@ def cli() -> None:
 @cli.command()
 @click.argument("corpus")
 @click.option("--name", required=True, help="What to call the corpus in the lines.")
-@click.option(
-    "--attack",
-    "attacks",
-    multiple=True,
-    callback=known_attacks,
-    help="Only these attacks; repeat.",
-)
+@click.option("--attack", "attacks", multiple=True, help="Only these attacks; repeat.")
 @click.option("--seed", "seeds", multiple=True, type=int, help="Only these seeds; repeat.")
 @click.option("--target", "targets", multiple=True, help="The targets of the seeds, in turn.")
 @click.option("--option", "options", multiple=True, help="A setting of the attack; repeat.")
-@click.option(
-    "--rate", type=click.FloatRange(0, 1, min_open=True), help="Another rate than the usual one."
-)
-@click.option(
-    "--label-noise", type=SHARE, default=0.0, help="Share of clean rows with a false label."
-)
+@click.option("--rate", type=float, help="Another rate than the usual one.")
+@click.option("--label-noise", default=0.0, help="Share of clean rows with a false label.")
 @click.option("--flip", is_flag=True, help="Mirror images at random while training.")
 @click.option("--set", "changed", multiple=True, help="A setting of csc-gpu train; repeat.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Where cells lie.")
-@click.option(
-    "--jobs", type=JOBS, default=2, show_default=True, help="Cells at a time, one core each."
-)
+@JOBS
 def train(
     corpus: str,
     name: str,
@@ -134,11 +111,14 @@ def train(
     """Poison and train every cell that is not there yet."""
     if any(not text.startswith(("data.", "train.")) for text in changed):
         raise click.UsageError("--set takes data. and train. here: judge applies the usual rule")
+    for attack in attacks or STUDY:
+        require_poison(attack, rate, label_noise, options)
+    require_settings(dict(map(parse_change, changed)))
     cells = [
         {
             "data": name,
             "attack": attack,
-            "rate": usual(attack)[1] if attack == "none" else rate or usual(attack)[1],
+            "rate": usual(attack)[1] if attack == "none" or rate is None else rate,
             "rate_of": usual(attack)[0],
             "target": targets[number % len(targets)] if targets else TARGETS[seed % len(TARGETS)],
             "seed": seed,
@@ -155,6 +135,24 @@ def train(
     with ThreadPoolExecutor(jobs) as pool:
         for cell in pool.map(lambda cell: train_cell(cell, corpus, work), todo):
             click.echo(f"trained {folder(cell, work).name}")
+
+
+def require_poison(
+    attack: str, rate: float | None, label_noise: float, options: tuple[str, ...]
+) -> None:
+    """Raises ConfigError for what csc-gpu poison would refuse."""
+    from csc_gpu.attacks import Plan, settings_of
+
+    rate = 0.05 if rate is None else rate
+    Plan(attack=attack, target=TARGETS[0], rate=rate, label_noise=label_noise)
+    settings_of(attack, options)
+
+
+def require_settings(changes: dict[str, Any]) -> None:
+    """Raises ConfigError for a setting of another name, or a value that it cannot have."""
+    from csc_gpu import csc
+
+    override(csc.Settings(), changes)
 
 
 def usual(attack: str) -> tuple[str, float]:
@@ -210,8 +208,11 @@ def told(option: str) -> str:
 
 
 def command(*words: Any) -> None:
-    """Run one csc-gpu command. Raises if it fails."""
+    """Run one csc-gpu command. Raises ConfigError with its last line if a user can mend it."""
     done = subprocess.run([*CSC_GPU, *map(str, words)], capture_output=True, text=True)
+    if done.returncode == Failure.exit_code:
+        line = done.stderr.strip().rpartition("\n")[2]
+        raise ConfigError(f"{' '.join(map(str, words))}: {line}")
     if done.returncode:
         raise click.ClickException(f"{' '.join(map(str, words))}: {done.stderr[-2000:]}")
 
@@ -230,28 +231,26 @@ def command(*words: Any) -> None:
     "--rule",
     "rules",
     multiple=True,
-    callback=known_rules,
     default=(DEFAULT,),
     show_default=True,
     help="A rule, and after blanks the segregation settings it is tried with; repeat.",
 )
 @click.option("--only", default="", help="Cells whose folder begins so.")
+@JOBS
 @click.option(
-    "--jobs", type=JOBS, default=2, show_default=True, help="Cells at a time, one core each."
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default=RESULTS, show_default=True
 )
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
 def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -> None:
     """Judge every trained cell by every rule that has no line yet."""
+    for rule in rules:
+        require_rule(rule)
     tried = [rule for rule in rules if rule.split()[1:] or rule in (AGAIN, RECOVER)]
-    if out == RESULTS and tried:
-        raise BadInput(f"give --out: lines of {tried[0]!r} are no part of the study's own")
-    places = sorted(path.parent for path in work.glob(f"{only}*/cell.json"))
-    if not places:
-        raise BadInput(f"{work} holds no cell that begins with {only!r}; train one first")
-    for place in places:
-        if not (place / "run" / "summary.json").exists():
-            raise BadInput(f"{place} has no run; train it again")
-    cells = [json.loads((place / "cell.json").read_text()) for place in places]
+    if tried and out.resolve() == RESULTS.resolve():
+        raise ConfigError(f"give --out: lines of {tried[0]!r} are no part of the study's own")
+    cells = [read_cell(path.parent) for path in sorted(work.glob(f"{only}*/cell.json"))]
+    if not cells:
+        such = f" that begins with {only}" if only else ""
+        raise CorpusError(f"{work} holds no cell{such}; train makes them")
     known = [(key_of(line), line["rule"]) for line in read(out)]
     todo = [(c, rule) for rule in rules for c in cells if (key_of(c), rule) not in known]
     attacked = (ORACLE, PLAIN, RECOVER)
@@ -270,6 +269,29 @@ def judge(work: Path, rules: tuple[str, ...], only: str, jobs: int, out: Path) -
             click.echo(said(done.result()))
     if failed:
         raise click.ClickException(f"{len(failed)} judgements failed; the first: {failed[0]}")
+
+
+def require_rule(rule: str) -> None:
+    """Raises ConfigError for a rule of another name, or settings that it cannot be tried with."""
+    from csc_gpu.segregate import RULES
+
+    known = (*RULES, *(name + ONCE for name in RULES), ORACLE, PLAIN, AGAIN, RECOVER)
+    if rule.split(" ")[0] not in known:
+        raise ConfigError(f"unknown rule {rule!r}; there are {', '.join(known)}")
+    require_settings(changes_of(rule))
+
+
+def changes_of(rule: str) -> dict[str, Any]:
+    """The settings that a rule is judged with."""
+    base, *tried = rule.split()
+    named_rule = DEFAULT if base in (AGAIN, RECOVER) else base.removesuffix(ONCE)
+    changes: dict[str, Any] = {} if rule in (ORACLE, PLAIN) else {"segregate.rule": named_rule}
+    if base.endswith(ONCE):
+        changes |= {"segregate.scales": [AT_ONCE], "segregate.coarsest": AT_ONCE}
+    changes |= dict(map(parse_change, tried)) | {"recover.on": rule in (DEFAULT, ORACLE)}
+    if named_rule in PAPERS:  # they have no caps; ours would free what they flag
+        changes |= {"segregate.max_share": 1.0, "segregate.max_label_share": 1.0}
+    return changes
 
 
 def judged(cell: dict[str, Any], rule: str, work: Path) -> dict[str, Any]:
@@ -294,21 +316,13 @@ def judge_cell(place: Path, rule: str) -> dict[str, Any]:
     """The line of a cell and a rule: scores before and after, detection, notes, seconds."""
     from csc_gpu import csc, evaluate, recover, run
     from csc_gpu.backend.doctor import describe
-    from csc_gpu.config import parse_change
 
-    base, *tried = rule.split()
-    named_rule, once = base.removesuffix(ONCE), base.endswith(ONCE)
-    named_rule = DEFAULT if base in (AGAIN, RECOVER) else named_rule
-    changes: dict[str, Any] = {} if rule in (ORACLE, PLAIN) else {"segregate.rule": named_rule}
-    changes |= {"segregate.scales": [AT_ONCE], "segregate.coarsest": AT_ONCE} if once else {}
-    changes |= dict(map(parse_change, tried)) | {"recover.on": rule in (DEFAULT, ORACLE)}
-    if named_rule in PAPERS:  # they have no caps; ours would free what they flag
-        changes |= {"segregate.max_share": 1.0, "segregate.max_label_share": 1.0}
-    there = open_cell(place, changes)
+    there = open_cell(place, changes_of(rule))
     settings, cpu, snapshots = there.settings, there.backend, there.snapshots
     cell, summary, corpus = there.told, there.summary, there.corpus
     key, rows, model = there.key, there.rows, there.model
-    if once:
+    base = rule.split()[0]
+    if base.endswith(ONCE):
         last = {"features": snapshots.features[-1:], "epoch": snapshots.epoch[-1:]}
         snapshots = replace(snapshots, **last)
 
@@ -384,7 +398,7 @@ def verdict_of(path: Path, paths: tuple[str, ...]) -> Any:
 
     kept = run.load_suspects(path)
     if kept.paths != paths:
-        raise BadInput(f"{path} is of another corpus; judge it by {DEFAULT} again")
+        raise CorpusError(f"{path} is of another corpus; judge it by {DEFAULT} again")
     return Segregation(kept.suspect, kept.score.astype(np.float32), {}, {})
 
 
@@ -450,16 +464,26 @@ def used() -> float:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a results file; none if it is not there."""
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = json_lines(path)
     if any("clean_net" not in line for line in lines):
-        raise BadInput(f"{path} holds lines of an earlier study; give another file")
+        raise Failure(f"{path} holds lines of an earlier study; give another file")
     for line in lines:
         for part in ("recovered", "clean_net"):
             if line[part]:
                 line[part]["target"] = of_target(line[part]["counts"])
     return lines
+
+
+def read_some(path: Path, rules: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The lines of these rules, of all if none is given. Raises CorpusError if there is none."""
+    lines = read(path)
+    if not lines:
+        raise CorpusError(f"{path} holds no line; judge writes them")
+    found = [line for line in lines if not rules or line["rule"] in rules]
+    if not found:
+        has = ", ".join(dict.fromkeys(line["rule"] for line in lines))
+        raise CorpusError(f"{path} holds no line of the rule {' or '.join(rules)}; it has {has}")
+    return found
 
 
 def of_target(counts: dict[str, list[int]]) -> float | None:
@@ -518,14 +542,12 @@ COLUMNS = {
 
 
 @cli.command()
-@click.argument("lines", type=click.Path(path_type=Path), default=RESULTS)
+@click.argument("lines", type=LINES, default=RESULTS)
 @click.option("--rule", "rules", multiple=True, help="Only these rules; repeat.")
 @click.option("--column", "columns", multiple=True, type=click.Choice(list(COLUMNS)))
 def table(lines: Path, rules: tuple[str, ...], columns: tuple[str, ...]) -> None:
     """The cells as Markdown: the median over seeds, and each seed's value."""
-    rows = [row for row in read(lines) if not rules or row["rule"] in rules]
-    if not rows:
-        raise BadInput(f"{lines} holds no line of {' or '.join(rules) or 'any rule'}; judge first")
+    rows = read_some(lines, rules)
     click.echo(f"{markdown(rows, columns or tuple(COLUMNS))}\n\n{made_by(rows)}")
 
 
@@ -595,15 +617,18 @@ def spread(values: list[float | None], digits: int = 3) -> str:
 
 
 @cli.command()
-@click.argument("lines", type=click.Path(path_type=Path), default=RESULTS)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Where pictures go.")
+@click.argument("lines", type=LINES, default=RESULTS)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Where pictures go.",
+)
 def plot(lines: Path, out: Path) -> None:
     """Recall and false alarms, attack success and accuracy of every cell, as two pictures."""
     from benchmarks.pictures import dots
 
-    rows = [row for row in read(lines) if row["rule"] == DEFAULT]
-    if not rows:
-        raise BadInput(f"{lines} holds no line of {DEFAULT}; judge first")
+    rows = read_some(lines, (DEFAULT,))
     out.mkdir(parents=True, exist_ok=True)
     found = {
         "detection.png": (("recall", ("detection", "tpr")), ("false alarms", ("detection", "fpr"))),
@@ -634,12 +659,13 @@ def picture(place: Path, verdict: Path | None, out: Path) -> None:
     from benchmarks.pictures import scatter
     from csc_gpu import answers, run
 
-    with cell_in(place):
-        key = answers.load_key(place / "poisoned" / "key.npz")
-        snapshots = run.load_snapshots(place / "run" / "features.npz")
-        found = run.load_suspects(verdict or place / "run" / "suspects.csv")
-        row = {path: number for number, path in enumerate(key.paths)}
-        poison = key.is_poison[[row[path] for path in found.paths]]
+    read_cell(place)
+    key = answers.load_key(place / "poisoned" / "key.npz")
+    snapshots = run.load_snapshots(place / "run" / "features.npz")
+    paths = snapshots.names.paths
+    found = verdict_of(verdict or place / "run" / "suspects.csv", paths)
+    row = {path: number for number, path in enumerate(key.paths)}
+    poison = key.is_poison[[row[path] for path in paths]]
     z = snapshots.features[-1]
     z = z / np.linalg.norm(z, axis=1, keepdims=True).clip(1e-12)
     concerned = np.unique(snapshots.labels[poison | found.suspect])

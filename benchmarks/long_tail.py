@@ -13,11 +13,13 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.cells import BadInput
+from benchmarks.command import Command
+
+PARTS = ("x_train", "y_train", "x_test", "y_test")
 
 
-@click.command()
-@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.command(cls=Command)
+@click.argument("source", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--ratio",
@@ -29,18 +31,16 @@ from benchmarks.cells import BadInput
 @click.option("--seed", default=0, show_default=True)
 def thin(source: Path, out: Path, ratio: float, seed: int) -> None:
     """Write OUT, a long-tailed part of SOURCE."""
-    names = ("x_train", "y_train", "x_test", "y_test")
-    try:
-        with np.load(source, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in names}
-    except (OSError, ValueError, KeyError) as fault:
-        raise BadInput(f"{source}: {fault}; give an .npz of {', '.join(names)}") from fault
+    from csc_gpu.data.arrays import load_arrays
+
+    arrays = load_arrays(source, PARTS)
     labels, draw = arrays["y_train"], np.random.default_rng(seed)
     n_classes, kept = int(labels.max()) + 1, []
     for label in range(n_classes):
         rows = draw.permutation(np.flatnonzero(labels == label))
-        kept.append(rows[: round(len(rows) * ratio ** (-label / (n_classes - 1)))])
+        kept.append(rows[: round(len(rows) * ratio ** (-label / max(1, n_classes - 1)))])
     rows = np.sort(np.concatenate(kept))
+    out.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
         out, **arrays | {"x_train": arrays["x_train"][rows], "y_train": labels[rows]}
     )

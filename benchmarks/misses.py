@@ -21,7 +21,9 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.cells import open_cell
+from benchmarks.cells import open_cell, read_cell
+from benchmarks.command import Command
+from csc_gpu.errors import CorpusError
 
 RESULTS = Path(__file__).parent / "results" / "misses.jsonl"
 RECALLS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2)
@@ -41,6 +43,8 @@ class Heads:
         self.labels, self.n_classes = there.corpus.labels, there.corpus.n_classes
         self.key, self.poison, self.model = there.key, there.poison, there.model
         told = run.load_suspects(place / verdict)
+        if set(told.paths) != set(there.corpus.paths):
+            raise CorpusError(f"{place / verdict} is of another corpus; judge the cell again")
         of = dict(zip(told.paths, told.score, strict=True))
         self.score = np.array([of[path] for path in there.corpus.paths])
         self.found = np.isin(
@@ -110,7 +114,7 @@ def wrong_on_purpose(there: Heads) -> list[tuple[str, float, Any]]:
     return trials
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("cells", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--verdict", default="two-stage.csv", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
@@ -119,6 +123,10 @@ def main(cells: tuple[Path, ...], verdict: str, out: Path) -> None:
     from csc_gpu.backend.doctor import describe
     from csc_gpu.run import commit
 
+    for place in cells:
+        if read_cell(place)["attack"] == "none":
+            raise CorpusError(f"{place} has no poison to miss; give a cell with an attack")
+    out.parent.mkdir(parents=True, exist_ok=True)
     for place in cells:
         there = Heads(place, verdict)
         about = {"cell": place.name, "commit": commit(), "date": time.strftime("%Y-%m-%d"),

@@ -22,8 +22,10 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.cells import BadInput, Cell, open_cell
-from benchmarks.detection import sighted
+from benchmarks.cells import Cell, open_cell, read_cell
+from benchmarks.command import Commands, json_lines
+from benchmarks.detection import LINES, sighted
+from csc_gpu.errors import CorpusError
 
 RESULTS = Path(__file__).parent / "results" / "thresholds.jsonl"
 FACTORS = (0.75, 1.25)
@@ -137,7 +139,7 @@ def digest(rows: Any) -> str:
     return hashlib.sha256(np.packbits(rows).tobytes()).hexdigest()[:16]
 
 
-@click.group()
+@click.group(cls=Commands)
 def cli() -> None:
     """Judge cells with each constant moved, and make the table."""
 
@@ -151,6 +153,8 @@ def judge(cells: tuple[Path, ...], out: Path) -> None:
     from csc_gpu.backend.doctor import describe
 
     done = {(line["cell"], line["constant"], line["factor"]) for line in read(out)}
+    for place in cells:
+        read_cell(place)
     for place in cells:
         todo = [v for v in variants() if (place.name, *v[1:]) not in done]
         if not todo:
@@ -188,18 +192,21 @@ def judge(cells: tuple[Path, ...], out: Path) -> None:
 
 
 @cli.command()
-@click.argument("lines", type=click.Path(path_type=Path), default=RESULTS)
+@click.argument("lines", type=LINES, default=RESULTS)
 def table(lines: Path) -> None:
     """Of each constant and factor: in how many cells the suspects change, and the worst of them."""
     found = read(lines)
     if not found:
-        raise BadInput(f"{lines} holds no line; judge a cell first")
+        raise CorpusError(f"{lines} holds no line; judge writes them")
     click.echo(markdown(found))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = json_lines(path)
+    if any("constant" not in line for line in lines):
+        raise CorpusError(f"{path} holds other lines; give a file that judge has written here")
+    return lines
 
 
 def markdown(lines: list[dict[str, Any]]) -> str:

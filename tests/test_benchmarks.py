@@ -6,12 +6,15 @@ import ast
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -38,6 +41,7 @@ from csc_gpu.backend import open_backend
 from csc_gpu.backend.doctor import missing_for_gpu
 from csc_gpu.cli import cli
 from csc_gpu.data import Settings as Reading
+from csc_gpu.errors import ConfigError, CorpusError
 from csc_gpu.segregate import Settings
 
 CPU = open_backend("cpu", 1)
@@ -449,50 +453,122 @@ def test_a_seed_given_alone_takes_the_target_given_alone(tmp_path, monkeypatch):
     assert [(cell["seed"], cell["target"]) for cell in cells] == [(3, "7")]
 
 
+TRAIN, JUDGE = "train digits --name digits --work here ", "judge --work cells --out out.jsonl "
+
+
 @pytest.mark.parametrize(
-    ("command", "words", "said"),
+    ("command", "words", "told"),
     [
-        (detection.cli, "train digits --name d --work W --attack bogus", "bogus is no attack"),
-        (detection.cli, "train digits --name d --work W --jobs 0", "0 is not in the range"),
-        (detection.cli, "train digits --name d --work W --rate 0", "0.0 is not in the range"),
-        (detection.cli, "train digits --name d --work W --label-noise 1", "1.0 is not in the"),
-        (detection.cli, "judge --work nowhere", "'nowhere' does not exist"),
-        (detection.cli, "judge --work W", "holds no cell that begins with ''; train one"),
-        (detection.cli, "judge --work W --only cell", "has no run; train it again"),
-        (detection.cli, "judge --work W --rule bogus", "'bogus' is no rule; there are two-stage"),
-        (detection.cli, "judge --work W --rule again", "give --out: lines of 'again'"),
-        (
-            detection.cli,
-            "judge --work W --rule text segregate.votes=3",
-            "give --out: lines of 'text",
-        ),
-        (detection.cli, "one W two-stage", "is no trained cell"),
-        (detection.cli, "picture W --out P", "is no trained cell"),
-        (detection.cli, "table nowhere", "nowhere holds no line of any rule; judge first"),
-        (detection.cli, "table --rule nothing", "holds no line of nothing; judge first"),
-        (detection.cli, "plot nowhere --out P", "nowhere holds no line of two-stage"),
-        (misses.main, "W", "is no trained cell"),
-        (thresholds.cli, "judge W", "is no trained cell"),
-        (thresholds.cli, "table nowhere", "nowhere holds no line; judge a cell first"),
-        (long_tail.thin, "F tail.npz --ratio 0", "0.0 is not in the range"),
-        (long_tail.thin, "F tail.npz", "give an .npz of x_train"),
+        (detection.cli, TRAIN + "--attack bogus", "unknown attack 'bogus'"),
+        (detection.cli, TRAIN + "--jobs 0", "0 is not in the range x>=1"),
+        (detection.cli, TRAIN + "--label-noise 2", "--label-noise must be in [0, 1), got 2.0"),
+        (detection.cli, TRAIN + "--rate 0", "--rate must be above 0 and below 1, got 0.0"),
+        (detection.cli, TRAIN + "--set train.epoch=1", "did you mean 'train.epochs'"),
+        (detection.cli, TRAIN + "--attack blend --option x=1", "unknown setting 'x'"),
+        (detection.cli, JUDGE + "--jobs 0", "0 is not in the range x>=1"),
+        (detection.cli, JUDGE + "--rule bogus", "unknown rule 'bogus'; there are two-stage,"),
+        (detection.cli, JUDGE + "--rule 'bogus segregate.votes=2'", "unknown rule 'bogus seg"),
+        (detection.cli, JUDGE + "--rule ''", "unknown rule ''"),
+        (detection.cli, JUDGE + "--rule 'text segregate.vote=2'", "mean 'segregate.votes'"),
+        (detection.cli, JUDGE + "--only nothing", "cells holds no cell that begins with nothing"),
+        (detection.cli, JUDGE, "bare has no run; remove the folder and train it again"),
+        (detection.cli, "judge --work missing --out out.jsonl", "'missing' does not exist"),
+        (detection.cli, "judge --work cells --rule 'text segregate.votes=2'", "give --out: "),
+        (detection.cli, "judge --work cells --rule again", "give --out: lines of 'again'"),
+        (detection.cli, "judge --work cells --rule recover", "give --out: lines of 'recover'"),
+        (detection.cli, "one cells/bare text", "bare has no run"),
+        (detection.cli, "picture cells --out p.png", "cells is no cell"),
+        (detection.cli, "picture cells/bare --out p.png", "bare has no run"),
+        (detection.cli, "table missing.jsonl", "File 'missing.jsonl' does not exist"),
+        (detection.cli, "table empty.jsonl", "empty.jsonl holds no line; judge writes them"),
+        (detection.cli, "table lines.jsonl --rule bogus", "no line of the rule bogus; it has text"),
+        (detection.cli, "table notes.md", "notes.md is no file of results"),
+        (detection.cli, "plot missing.jsonl --out p", "File 'missing.jsonl' does not exist"),
+        (detection.cli, "plot empty.jsonl --out p", "empty.jsonl holds no line; judge writes them"),
+        (detection.cli, "plot lines.jsonl --out p", "no line of the rule two-stage; it has text"),
+        (long_tail.thin, "images.npz p.npz --ratio 0", "0.0 is not in the range x>=1"),
+        (long_tail.thin, "half.npz p.npz", "half.npz has no array x_test, y_test"),
+        (long_tail.thin, "notes.md p.npz", "notes.md is no .npz of plain arrays"),
+        (misses.main, "cells --out p", "cells is no cell"),
+        (misses.main, "cells/clean --out p", "clean has no poison"),
+        (thresholds.cli, "judge cells --out p", "cells is no cell"),
+        (thresholds.cli, "judge cells/bare --out p", "bare has no run"),
+        (thresholds.cli, "table missing.jsonl", "File 'missing.jsonl' does not exist"),
+        (thresholds.cli, "table empty.jsonl", "empty.jsonl holds no line; judge writes them"),
+        (thresholds.cli, "table lines.jsonl", "lines.jsonl holds other lines"),
+        (thresholds.cli, "table notes.md", "notes.md is no file of results"),
     ],
 )
-def test_what_a_user_of_the_study_can_mend_is_one_line(command, words, said, tmp_path, monkeypatch):
+def test_what_cannot_be_done_is_one_line_and_nothing_runs(
+    tmp_path, monkeypatch, command, words, told
+):
     monkeypatch.chdir(tmp_path)
-    work, bare = tmp_path / "W", tmp_path / "bare.npz"
-    work.mkdir()
-    if "--only" in words:
-        (work / "cell").mkdir()
-        (work / "cell" / "cell.json").write_text("{}")
-    np.savez(bare, x_train=np.zeros(3))
-    known = {"W": str(work), "F": str(bare)}
-    words = words.replace("text segregate", "text+segregate").split()
-    result = run(command, *(known.get(word, word.replace("+", " ")) for word in words))
+    for name in ("train_cell", "judged"):
+        monkeypatch.setattr(detection, name, lambda *_: pytest.fail("it ran"))
+    for name, attack in (("bare", "badnets"), ("clean", "none")):
+        (tmp_path / "cells" / name).mkdir(parents=True)
+        (tmp_path / "cells" / name / "cell.json").write_text(json.dumps(a_cell(attack=attack)))
+    (tmp_path / "cells" / "clean" / "run").mkdir()
+    (tmp_path / "cells" / "clean" / "run" / "summary.json").write_text("{}")
+    (tmp_path / "lines.jsonl").write_text(json.dumps(a_line("text")) + "\n")
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "notes.md").write_text("# notes\n")
+    some = {"x_train": np.zeros((4, 2, 2), np.uint8), "y_train": np.array([0, 0, 1, 1])}
+    np.savez("half.npz", **some)
+    np.savez("images.npz", **some, x_test=some["x_train"], y_test=some["y_train"])
+    there = sorted(tmp_path.rglob("*"))
+    result = run(command, *shlex.split(words))
     assert result.exit_code == 2, result.output
-    line = result.stderr.splitlines()[-1]
-    assert line.startswith("Error: ") and said in line, line
-    assert not (tmp_path / "P").exists()
+    *usage, line = result.stderr.splitlines()
+    assert line.startswith("Error: ") and told in line
+    assert not usage or (usage[0].startswith("Usage: ") and "Invalid value" in line)
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_the_results_of_the_study_are_known_by_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = os.path.relpath(detection.RESULTS)
+    result = run(detection.cli, "judge", "--work", tmp_path, "--rule", "again", "--out", named)
+    assert result.exit_code == 2 and "give --out" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [(2, ConfigError, "nowhere: Error: no corpus$"), (1, click.ClickException, "nowhere: Hm\n")],
+)
+def test_what_csc_gpu_says_can_be_mended_can_be_mended(monkeypatch, status, kind, said):
+    code = f"import sys; print('Hm\\nError: no corpus', file=sys.stderr); sys.exit({status})"
+    monkeypatch.setattr(detection, "CSC_GPU", (sys.executable, "-c", code))
+    with pytest.raises(kind, match=said):
+        detection.command("poison", "nowhere")
+
+
+def test_a_verdict_on_other_images_is_refused(tmp_path, monkeypatch):
+    """Of a cell whose rows are called 0 and 1, and a verdict on 0 alone."""
+    verdict = tmp_path / "told.csv"
+    verdict.write_text("path,is_poison_issue,poison_score\n0,True,1\n")
+    with pytest.raises(CorpusError, match=r"told.csv is of another corpus"):
+        detection.verdict_of(verdict, ("0", "1"))
+    cell = SimpleNamespace(corpus=SimpleNamespace(paths=("0", "1"), labels=None, n_classes=2))
+    for name in ("backend", "key", "poison", "model"):
+        setattr(cell, name, None)
+    cell.settings = SimpleNamespace(conceal=None)
+    monkeypatch.setattr(misses, "open_cell", lambda *_: cell)
+    with pytest.raises(CorpusError, match=r"told.csv is of another corpus"):
+        misses.Heads(tmp_path, "told.csv")
+
+
+@pytest.mark.parametrize(("labels", "left"), [([0, 1] * 4, [4, 2]), ([0] * 8, [8])])
+def test_the_last_class_of_a_long_tail_is_the_smallest(tmp_path, labels, left):
+    parts = {"x_train": np.arange(8), "y_train": np.array(labels)}
+    np.savez(tmp_path / "even.npz", **parts, x_test=parts["x_train"], y_test=parts["y_train"])
+    thinned = tmp_path / "deep" / "tail.npz"
+    done = run(long_tail.thin, tmp_path / "even.npz", thinned, "--ratio", 2)
+    assert done.exit_code == 0, done.output
+    with np.load(thinned) as file:
+        assert np.bincount(file["y_train"]).tolist() == left
+        assert (file["y_train"] == np.array(labels)[file["x_train"]]).all()
+        assert file["x_test"].tolist() == list(range(8))
 
 
 def a_line(rule="two-stage", **changes):
@@ -639,7 +715,7 @@ def test_lines_of_an_earlier_study_are_refused_with_what_to_do(tmp_path):
     path = tmp_path / "old.jsonl"
     path.write_text(json.dumps({"data": "digits", "asr": 1}) + "\n")
     result = run(detection.cli, "table", path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "earlier study; give another file" in result.output
 
 
@@ -695,6 +771,8 @@ def test_a_cell_trained_and_judged_has_every_figure_of_a_line(tmp_path, monkeypa
     rows, _ = table_of(tmp_path, [line])
     assert rows[0][3] == "1"
     assert "CPU-s" in detection.said(line)
+    drawn = run(detection.cli, "picture", place, "--out", tmp_path / "drawn.png")
+    assert drawn.exit_code == 0 and (tmp_path / "drawn.png").exists(), drawn.output
 
     tried = detection.judge_cell(place, "persistence segregate.persistence=99 segregate.latest=1")
     assert line["segregation"]["core_rows"] > tried["segregation"]["core_rows"] == 0
