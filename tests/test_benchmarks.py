@@ -774,6 +774,13 @@ def test_a_cell_trained_and_judged_has_every_figure_of_a_line(tmp_path, monkeypa
     drawn = run(detection.cli, "picture", place, "--out", tmp_path / "drawn.png")
     assert drawn.exit_code == 0 and (tmp_path / "drawn.png").exists(), drawn.output
 
+    same = detection.judge_cell(place, detection.AGAIN)
+    assert same["changed"] == same["left_out_changed"] == 0 and same["recovered"] is None
+    back = json.loads(json.dumps(detection.judge_cell(place, detection.RECOVER)))
+    assert back["recovered"] == line["recovered"] and back["detection"] is None
+    bold = detection.judge_cell(place, f"{detection.RECOVER} recover.most=0")
+    assert bold["recovered_without"] == line["detection"]["counts"]["flagged"][0]
+
     tried = detection.judge_cell(place, "persistence segregate.persistence=99 segregate.latest=1")
     assert line["segregation"]["core_rows"] > tried["segregation"]["core_rows"] == 0
     assert tried["rule"].endswith(" segregate.latest=1") and tried["recovered"] is None
