@@ -177,21 +177,24 @@ def test_a_kind_of_one_label_among_few_is_no_poison(others, held, commanded, sou
 
 
 @pytest.mark.parametrize("disputed", [True, False])
+@pytest.mark.parametrize("knows", [True, False])
 @pytest.mark.parametrize(
     ("held", "kinds", "most", "is_poison"),
     [(150, 1, 0.75, True), (151, 1, 0.75, False), (151, 5, 0.75, True), (151, 1, 0.76, True)],
 )
 def test_nearly_all_rows_of_a_label_are_what_makes_it_if_they_are_taken_for_few_others(
-    disputed, held, kinds, most, is_poison
+    disputed, knows, held, kinds, most, is_poison
 ):
     """Stop signs among false labels (GTSRB, seed 7): 235 of 263 commanded .82, and .8 is sure."""
     labels = np.where(ROW < 200, 0, 1 + ROW % 5)
     poison = held > ROW
-    predicted = np.where(labels == 0, 1 + ROW % kinds, labels)  # the check knows no row of it
+    other = poison if knows else labels == 0  # the check knows the rest of the label, or no row
+    predicted = np.where(other, 1 + ROW % kinds, labels)
     case = Case(0, poison, poison, True, 0.8, Limits(0.5, 0.8), {}, is_disputed=disputed)
     check = Reclassified(poison, CONTROLS, predicted)
     word = judge(heard_of(case, labels, check, max_label_share=most))
-    assert (word is not None and (word.poison == poison).all()) == is_poison
+    told = knows and not disputed  # then the check tells row by row, however many they are
+    assert (word is not None and (word.poison == poison).all()) == (is_poison or told)
 
 
 def test_among_few_labels_a_kind_may_be_unseen_though_the_core_is_a_part_of_it():
