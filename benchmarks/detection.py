@@ -221,12 +221,7 @@ def command(*words: Any) -> None:
 
 
 @cli.command()
-@click.option(
-    "--work",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    required=True,
-    help="Where cells lie.",
-)
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Where cells lie.")
 @click.option(
     "--rule",
     "rules",

@@ -19,7 +19,7 @@ PARTS = ("x_train", "y_train", "x_test", "y_test")
 
 
 @click.command(cls=Command)
-@click.argument("source", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--ratio",
