@@ -68,8 +68,10 @@ MOST = {"clustering and rule": 0.3, "verification": 2.0}
 AS_IT_IS = ("6dcb9e21170a",)
 """Commits that judged by the rule as it is: what decides has not changed since (a test asks)."""
 HELD_OUT = {
-    *(("cifar10-10k", 6), ("gtsrb32", 7), ("gtsrb32", 8), ("mnist", 6), ("mnist", 7)),
-    ("fashion-mnist", 5),
+    *(("gtsrb32", seed) for seed in (7, 8, 9, 10)),
+    *(("mnist", seed) for seed in (6, 7, 8, 9)),
+    *(("cifar10-10k", seed) for seed in (6, 7)),
+    *(("fashion-mnist", seed) for seed in (5, 6)),
 }
 """Data sets and seeds that were trained when the rule was done,"""
 RARE, RARE_HELD_OUT = 0.01, (1, 2)
